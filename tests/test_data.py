@@ -1,0 +1,264 @@
+"""data.py: what is read, and every mistake in a file with the line that names it."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import soundfile
+
+from data import InputError, Question, conversation, load_audio, read_avqa, read_questions
+
+ROW = {"id": "q1", "audio": "clips/a.wav", "question": "What barks?", "choices": ["a dog", "a seal"], "answer": "a dog"}
+AVQA = {"id": 183, "question_text": "What is in the video?", "multi_choice": ["a dog", "a seal", "a bell"], "answer": 1,
+        "question_type": "Come From", "audio_path": "clips/a.wav"}
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """A folder with two sound clips, an empty one, one with a NaN and one that is no audio."""
+    clips = tmp_path / "clips"
+    clips.mkdir()
+    tone = np.sin(np.arange(1600) / 5).astype(np.float32) / 2
+    soundfile.write(clips / "a.wav", tone, 16000)
+    soundfile.write(clips / "b.flac", tone, 16000)
+    soundfile.write(clips / "empty.wav", tone[:0], 16000)
+    for name, subtype in (("nan.wav", "FLOAT"), ("nan64.wav", "DOUBLE")):
+        soundfile.write(clips / name, np.where(np.arange(1600) == 700, np.nan, tone), 16000, subtype=subtype)
+    soundfile.write(clips / "inf.wav", np.where(np.arange(1600) == 1599, np.inf, tone), 16000, subtype="FLOAT")
+    soundfile.write(clips / "float.wav", tone, 16000, subtype="FLOAT")
+    (clips / "text.wav").write_text("this is no audio")
+    (clips / "cut.flac").write_bytes((clips / "b.flac").read_bytes()[:20])
+    return tmp_path
+
+
+def lines(folder, *rows):
+    """A jsonl file of the rows; a string is written as it is."""
+    path = folder / "questions.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    return path
+
+
+def error_of(call, *args):
+    """The message of the InputError that the call raises; it has to be one line."""
+    with pytest.raises(InputError) as error:
+        call(*args)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+# ──────────────────────────────────────────────────────── questions ───────────────────────────────────────────────────
+
+
+def test_read_questions(folder):
+    """Two rows, one with several clips and a domain; blank lines do not count as questions, but do as lines."""
+    path = lines(folder, ROW, "", {**ROW, "id": "q2", "audio": ["clips/a.wav", "clips/b.flac"], "answer": "a seal",
+                                   "domain": "nature", "more": 1})
+    clips = folder / "clips"
+    assert read_questions(path) == [
+        Question("q1", (clips / "a.wav",), "What barks?", ("a dog", "a seal"), "a dog", ""),
+        Question("q2", (clips / "a.wav", clips / "b.flac"), "What barks?", ("a dog", "a seal"), "a seal", "nature")]
+
+
+def test_paths_are_relative_to_the_file(folder, monkeypatch):
+    """Not to the working folder; absolute ones stay, and float files without NaN are fine."""
+    monkeypatch.chdir("/")
+    path = lines(folder, {**ROW, "audio": [str(folder / "clips" / "float.wav"), "clips/a.wav"]})
+    assert read_questions(str(path))[0].audio == (folder / "clips" / "float.wav", folder / "clips" / "a.wav")
+
+
+def test_unicode(folder):
+    """Text outside ASCII, as utf-8 and as json escapes, whatever the locale says."""
+    row = {**ROW, "question": "Was hört man? 何の音?", "choices": ["ein Kauz 🦉", "é"], "answer": "é"}
+    path = lines(folder, json.dumps(row, ensure_ascii=True))
+    escaped = read_questions(path)
+    path.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
+    assert read_questions(path) == escaped and escaped[0].choices == ("ein Kauz 🦉", "é")
+
+
+@pytest.mark.parametrize("change, part", [
+    ({"id": None}, "field 'id' is None"),
+    ({"id": 7}, "field 'id' is 7"),
+    ({"question": "  "}, "field 'question' is '  '"),
+    ({"answer": ""}, "field 'answer' is ''"),
+    ({"audio": None}, "field 'audio' is None"),
+    ({"audio": []}, "field 'audio' is []"),
+    ({"audio": ["clips/a.wav", 3]}, "field 'audio' is ['clips/a.wav', 3]"),
+    ({"audio": ""}, "field 'audio' is ''"),
+    ({"audio": "clips/none.wav"}, "clips/none.wav does not exist"),
+    ({"audio": "clips"}, "clips does not exist"),
+    ({"audio": "clips/text.wav"}, "clips/text.wav cannot be read as audio"),
+    ({"audio": "clips/cut.flac"}, "clips/cut.flac cannot be read as audio"),
+    ({"audio": "clips/empty.wav"}, "clips/empty.wav is empty"),
+    ({"audio": "clips/nan.wav"}, "clips/nan.wav: the clip holds NaN"),
+    ({"audio": ["clips/a.wav", "clips/nan64.wav"]}, "clips/nan64.wav: the clip holds NaN"),
+    ({"audio": "clips/inf.wav"}, "clips/inf.wav: the clip holds NaN or infinite"),
+    ({"choices": None}, "field 'choices' is None"),
+    ({"choices": "a dog"}, "field 'choices' is 'a dog'"),
+    ({"choices": ["a dog"]}, "at least two"),
+    ({"choices": ["a dog", 2]}, "non-empty strings"),
+    ({"choices": ["a dog", " "]}, "non-empty strings"),
+    ({"choices": [f"{i}" for i in range(26)] + ["a dog"]}, "27 options"),
+    ({"choices": ["a dog", "a dog"]}, "an option twice"),
+    ({"choices": ["a dog", "a seal", "a seal"]}, "an option twice"),
+    ({"answer": "A dog"}, "answer 'A dog' is not among the choices"),
+    ({"domain": 4}, "field 'domain' is 4"),
+])
+def test_mistakes_in_a_row(folder, change, part):
+    """Every mistake is one line with the file; it stands in line 3, after a good row and a blank one."""
+    path = lines(folder, ROW, "", {**ROW, "id": "q3", **change})
+    message = error_of(read_questions, path)
+    assert part in message
+    if "NaN" not in part:
+        assert message.startswith(f"{path}:3: ")
+
+
+@pytest.mark.xfail(strict=True, reason="check_audio passes load_audio's message on without the line")
+def test_mistake_in_the_samples_names_the_line(folder):
+    """A NaN in a clip, too, is reported with the line of the jsonl file."""
+    path = lines(folder, ROW, {**ROW, "id": "q2", "audio": "clips/nan.wav"})
+    assert error_of(read_questions, path).startswith(f"{path}:2: ")
+
+
+@pytest.mark.parametrize("missing", list(ROW))
+def test_missing_fields(folder, missing):
+    """Fields but `domain` cannot be left out."""
+    path = lines(folder, {key: value for key, value in ROW.items() if key != missing})
+    assert error_of(read_questions, path).startswith(f"{path}:1: field '{missing}' is None")
+
+
+@pytest.mark.parametrize("reader", [read_questions, read_avqa])
+@pytest.mark.parametrize("line, part", [
+    ('{"id": "q2"', "not valid json"), ("[1, 2]", "a list, not a json object"), ('"q"', "a str, not"), ("null", "a NoneType, not"),
+    ("what?", "not valid json")])
+def test_mistakes_in_a_line(folder, reader, line, part):
+    """Lines that are not a json object, named by number."""
+    path = lines(folder, "", ROW if reader is read_questions else AVQA, line)
+    message = error_of(reader, path)
+    assert message.startswith(f"{path}:3: ") and part in message
+
+
+def test_mistakes_in_the_file(folder):
+    """Missing, empty or blank files, a folder in the place of a file, and ids that repeat, with both lines."""
+    assert error_of(read_questions, folder / "none.jsonl").startswith(f"{folder / 'none.jsonl'}: no such file")
+    assert "no such file" in error_of(read_questions, folder) and "no such file" in error_of(read_avqa, folder)
+    for path in (lines(folder), lines(folder, "", "  ")):
+        assert error_of(read_questions, path).startswith(f"{path}: no question")
+        assert error_of(read_avqa, path).startswith(f"{path}: no question")
+    path = lines(folder, ROW, "", {**ROW, "id": "q2"}, ROW)
+    message = error_of(read_questions, path)
+    assert message.startswith(f"{path}:4: id 'q1'") and "line 1" in message
+
+
+# ──────────────────────────────────────────────────────────── AVQA ────────────────────────────────────────────────────
+
+
+def test_read_avqa(folder):
+    """The index becomes the option, the video the audio, the type (where there is one) the domain."""
+    row = {key: value for key, value in AVQA.items() if key != "question_type"}
+    path = lines(folder, AVQA, {**row, "id": "x", "question_text": "Video: which of the videos?", "answer": 0})
+    clip = folder / "clips" / "a.wav"
+    choices = ("a dog", "a seal", "a bell")
+    assert read_avqa(path) == [Question("183", (clip,), "What is in the audio?", choices, "a seal", "Come From"),
+                               Question("x", (clip,), "Audio: which of the audios?", choices, "a dog", "")]
+
+
+def test_read_avqa_with_audio_elsewhere(folder, tmp_path_factory):
+    """audio_root is where the paths begin."""
+    path = lines(tmp_path_factory.mktemp("rows"), AVQA)
+    assert "does not exist" in error_of(read_avqa, path)
+    assert read_avqa(path, folder)[0].audio == read_avqa(path, str(folder))[0].audio == (folder / "clips" / "a.wav",)
+
+
+@pytest.mark.parametrize("change, part", [
+    ({"id": 183}, "id '183' stands in line 1"), ({"id": ""}, "field 'id' is ''"), ({"question_type": 5}, "field 'domain' is 5"),
+    ({"answer": 3}, "answer 3 is no index into the 3 options"), ({"answer": -1}, "answer -1 is no index"),
+    ({"answer": "a dog"}, "field 'answer' is 'a dog'"), ({"answer": True}, "field 'answer' is True"),
+    ({"question_text": None}, "field 'question_text' is None"), ({"multi_choice": "abc"}, "field 'multi_choice' is 'abc'"),
+    ({"multi_choice": ["x"], "answer": 0}, "at least two"), ({"multi_choice": ["x", "x"], "answer": 0}, "an option twice"),
+    ({"audio_path": 4}, "field 'audio_path' is 4"), ({"audio_path": "clips/b.wav"}, "does not exist"),
+    ({"audio_path": "clips/text.wav"}, "cannot be read as audio")])
+def test_mistakes_in_an_avqa_row(folder, change, part):
+    """As in a row of ours: file and line, and what is wrong."""
+    path = lines(folder, AVQA, {**AVQA, "id": 184, **change})
+    message = error_of(read_avqa, path)
+    assert message.startswith(f"{path}:2: ") and part in message
+
+
+# ──────────────────────────────────────────────────────────── audio ───────────────────────────────────────────────────
+
+
+def frequency(samples):
+    """Frequency of the strongest bin, Hz, at 16 kHz."""
+    return np.abs(np.fft.rfft(samples * np.hanning(len(samples)))).argmax() * 16000 / len(samples)
+
+
+def test_load_audio_keeps_16_khz_mono_as_it_is(tmp_path):
+    """float32, one axis, the samples of the file."""
+    samples = np.random.default_rng(0).uniform(-0.9, 0.9, 3001).astype(np.float32)
+    soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
+    loaded = load_audio(tmp_path / "a.wav")
+    assert loaded.dtype == np.float32 and loaded.shape == (3001,) and np.abs(loaded - samples).max() < 1e-6
+
+
+def test_load_audio_averages_channels(tmp_path):
+    """Stereo and four channels to their mean, not to a sum or the first."""
+    samples = np.random.default_rng(0).uniform(-0.9, 0.9, (1000, 4)).astype(np.float32)
+    for channels in (2, 4):
+        soundfile.write(tmp_path / "a.wav", samples[:, :channels], 16000, subtype="FLOAT")
+        assert np.abs(load_audio(tmp_path / "a.wav") - samples[:, :channels].mean(axis=1)).max() < 1e-6
+
+
+@pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
+def test_load_audio_resamples(tmp_path, rate):
+    """Another rate: the length in seconds, the frequency and the loudness of a tone stay; nothing aliases."""
+    t = np.arange(int(1.5 * rate)) / rate
+    soundfile.write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 1234 * t), rate)
+    loaded = load_audio(tmp_path / "a.wav")
+    assert abs(len(loaded) - 24000) <= 1
+    assert abs(frequency(loaded) - 1234) <= 1
+    assert abs(np.abs(loaded[4000:-4000]).max() - 0.5) < 0.01
+    if rate > 24000:
+        soundfile.write(tmp_path / "high.wav", 0.5 * np.sin(2 * np.pi * 11000 * t), rate)
+        assert np.abs(load_audio(tmp_path / "high.wav")[1000:-1000]).max() < 1e-3
+
+
+@pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3"])
+def test_load_audio_formats(tmp_path, suffix):
+    """Compressed files read as the tone they hold."""
+    t = np.arange(44100) / 44100
+    soundfile.write(tmp_path / f"a.{suffix}", 0.5 * np.sin(2 * np.pi * 700 * t), 44100)
+    loaded = load_audio(tmp_path / f"a.{suffix}")
+    assert abs(len(loaded) - 16000) < 1200 and abs(frequency(loaded[:15000]) - 700) <= 2
+
+
+def test_load_audio_refuses(folder):
+    """Broken, empty and NaN files, by name, also where no question is read."""
+    for name, part in (("text.wav", "cannot be read"), ("empty.wav", "empty"), ("nan.wav", "NaN"), ("inf.wav", "infinite"),
+                       ("none.wav", "cannot be read")):
+        message = error_of(load_audio, folder / "clips" / name)
+        assert message.startswith(f"{folder / 'clips' / name}: ") and part in message
+
+
+# ─────────────────────────────────────────────────────────── prompt ───────────────────────────────────────────────────
+
+
+def test_conversation():
+    """One user turn: the clips first, then the question with its options by letter. No system prompt."""
+    question = Question("q", ("a.wav", "b.wav"), "Which is louder?", ("the first", "the second", "both"), "both")
+    text = {"type": "text", "text": "Which is louder?\nChoose one of these options:\nA. the first\nB. the second\nC. both"}
+    assert conversation(question) == [{"role": "user", "content": [
+        {"type": "audio", "audio": "a.wav"}, {"type": "audio", "audio": "b.wav"}, text]}]
+    assert conversation(question, with_audio=False) == [{"role": "user", "content": [text]}]
+    told = {"type": "text", "text": text["text"] + "\nThink first."}
+    assert conversation(question, False, "Think first.") == [{"role": "user", "content": [told]}]
+    assert conversation(question, True, "Think first.")[0]["content"][2] == told
+
+
+def test_conversation_names_26_options_and_hides_the_answer():
+    """Letters A to Z; which option is right cannot be read off the prompt."""
+    choices = tuple(f"option {i}" for i in range(26))
+    prompts = [conversation(Question("q", ("a.wav",), "Which?", choices, answer)) for answer in choices]
+    assert all(prompt == prompts[0] for prompt in prompts)
+    assert re.findall(r"^([A-Z])\. option (\d+)$", prompts[0][0]["content"][1]["text"], re.M) == [
+        (chr(65 + i), str(i)) for i in range(26)]

@@ -1,0 +1,576 @@
+"""Algorithm 1, Modality-Aware Policy Optimization, from top to bottom.
+
+    python train.py recipes/toy.yaml                       # the embedded toy, on a CPU
+    python train.py recipes/mapo_phase1.yaml --model FOLDER --data train.jsonl
+    python train.py --help                                 # every field: symbol, default, source
+
+A recipe is a yaml file of fields; flags after it override. A run writes into output_dir: config.yaml, metrics.jsonl (a
+line per optimizer step), completions.jsonl (a line per completion), evaluation.jsonl (greedy accuracy on eval_data),
+training.png, and checkpoint/, a folder that transformers loads.
+
+The names of the paper: one *iteration* of Algorithm 1 is one generation batch here; its completions are split over
+`steps_per_generation` optimizer steps, as in the paper (768 completions, 4 steps of 192).
+"""
+
+import copy
+import contextlib
+import dataclasses
+import json
+import math
+import os
+import shutil
+import sys
+import time
+from collections import defaultdict
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from torch.nn.utils.rnn import pad_sequence
+from tqdm import tqdm
+from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
+from transformers.utils import logging as transformers_logging
+
+from data import InputError, read_avqa, read_questions
+from mapo import MapoConfig, audio_attention_mass, group_advantages, mapo_loss
+from model import add_lora, check_policy, load_policy
+from pos_gate import load_tagger, pos_gate_batch
+from rewards import (CheckerError, accuracy_reward, consistency_rewards, format_reward, rule_consistency_rewards,
+                     total_reward)
+from rollout import sample
+
+
+def _value(default, help):
+    return field(default=default, metadata={"help": help})
+
+
+@dataclass(frozen=True)
+class TrainConfig(MapoConfig):
+    """Everything a run is told. The fields of the equations come from MapoConfig; the rest is here. The defaults are the
+    paper's Table 5 where it has the value; (release) is the authors' code, (ours) a decision of this project."""
+
+    model: str = _value("", "folder of the checkpoint that starts π_θ, or `toy` for the embedded default (paper: Qwen3-Omni-30B-A3B-Thinking)")
+    data: str = _value("", "jsonl file of training questions, see data.py (paper: AVQA, then a 29k mixture)")
+    data_format: str = _value("jsonl", "rows of data: `jsonl`, our own (data.py), or `avqa`, AVQA as R1-AQA writes it (ours)")
+    instruction: str = _value("", "text after the options in the prompt, for models told their format (ours; Appendix G)")
+    eval_data: str = _value("", "jsonl file for greedy accuracy before and after training; empty is none (ours)")
+    output_dir: str = _value("runs/run", "folder for everything a run writes (ours)")
+    seed: int = _value(0, "seed of the data order, the sampling and new weights (ours)")
+    max_steps: int = _value(800, "optimizer steps (release)")
+    learning_rate: float = _value(1e-6, "peak learning rate of AdamW (release)")
+    warmup_ratio: float = _value(0.05, "share of the steps in the linear warm-up; cosine to 0 follows (release)")
+    adam_beta1: float = _value(0.9, "AdamW β1 (release)")
+    adam_beta2: float = _value(0.95, "AdamW β2 (release)")
+    weight_decay: float = _value(0.1, "AdamW weight decay, on matrices alone (release)")
+    max_grad_norm: float = _value(1.0, "gradient-norm clip (release)")
+    generation_batch_size: int = _value(768, "completions per generation batch (paper, Table 5)")
+    steps_per_generation: int = _value(4, "optimizer steps per generation batch (paper, Table 5)")
+    micro_batch_size: int = _value(8, "completions per forward and backward; changes memory, not the gradient (ours)")
+    temperature: float = _value(1.2, "sampling temperature; π_θ, π_ref and π_text-ref are taken at it (paper, Table 5)")
+    top_k: int = _value(50, "top-k of the sampler; 0 is off (paper, Table 5)")
+    top_p: float = _value(0.99, "top-p of the sampler (paper, Table 5)")
+    repetition_penalty: float = _value(1.0, "repetition penalty of the sampler (paper, Table 5)")
+    max_new_tokens: int = _value(1200, "longest completion, tokens (release)")
+    mask_truncated: bool = _value(False, "leave completions cut at max_new_tokens out of every mean (ours: off; release: on)")
+    target_layers: list[int] = field(default_factory=lambda: [43, 44, 45, 46, 47], metadata={
+        "help": "L_tgt, decoder layers of a_t, 0-based (paper, Table 5)"})
+    mass_interval: int = _value(10, "with eta 0, measure a_t (no gradient) every this many steps (ours)")
+    reward_weights: list[float] = field(default_factory=lambda: [2.0, 1.0, 1.0], metadata={
+        "help": "λ_acc λ_format λ_cons of Eq. 6 (paper)"})
+    format_style: str = _value("think", "`think`: <think>…</think> answer; `reasoning`: <reasoning>…</reasoning><answer>…</answer> (paper, Appendix G)")
+    checker: str = _value("", "base URL of the OpenAI-compatible server of the consistency checker, or `rule` for the toy's rule (paper: vLLM)")
+    checker_model: str = _value("Qwen3-30B-A3B-Instruct", "model name asked of the checker (paper)")
+    lora_rank: int = _value(0, "LoRA rank; 0 trains all parameters of the decoder (release: 128)")
+    lora_alpha: int = _value(512, "LoRA α (release)")
+    freeze_audio_tower: bool = _value(True, "keep the audio encoder as it is (ours)")
+    gradient_checkpointing: bool = _value(True, "recompute activations in the backward pass (ours)")
+    rollout: str = _value("local", "where completions are sampled: `local`, in this process (ours)")
+    report_to: str = _value("none", "`tensorboard` or `wandb` through accelerate's trackers, or `none` (ours)")
+
+    def __post_init__(self):
+        super().__post_init__()
+        for name in ("max_steps", "generation_batch_size", "steps_per_generation", "micro_batch_size", "max_new_tokens",
+                     "learning_rate", "temperature", "mass_interval", "max_grad_norm"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+        if not 0 < self.top_p <= 1 or self.top_k < 0 or self.lora_rank < 0 or not 0 <= self.warmup_ratio < 1:
+            raise ValueError("top_p must be in (0, 1], top_k and lora_rank at least 0, warmup_ratio in [0, 1): got "
+                             f"{self.top_p}, {self.top_k}, {self.lora_rank}, {self.warmup_ratio}")
+        if self.generation_batch_size % self.group_size:
+            raise ValueError(f"generation_batch_size {self.generation_batch_size} is no multiple of group_size {self.group_size}")
+        if self.generation_batch_size % self.steps_per_generation:
+            raise ValueError(f"generation_batch_size {self.generation_batch_size} is no multiple of steps_per_generation "
+                             f"{self.steps_per_generation}")
+        if len(self.reward_weights) != 3:
+            raise ValueError(f"reward_weights holds {len(self.reward_weights)} numbers: give three, λ_acc λ_format λ_cons")
+        for name, allowed in (("data_format", ("jsonl", "avqa")),
+                              ("format_style", ("think", "reasoning")), ("rollout", ("local",)),
+                              ("report_to", ("none", "tensorboard", "wandb"))):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name} is {getattr(self, name)!r}: one of {', '.join(allowed)}")
+
+
+# ────────────────────────────────────────────────────── Algorithm 1 ───────────────────────────────────────────────────
+
+
+def train(config):
+    """Runs Algorithm 1 and writes output_dir. Raises InputError at the door, before anything is written."""
+    questions, eval_questions, policy = open_inputs(config)
+    reference = make_reference(policy, config)  # π_ref and π_text-ref, the frozen start of π_θ
+    optimizer, schedule = make_optimizer(policy, config)
+    log = open_log(config)
+    if eval_questions:
+        log("evaluation.jsonl", {"step": 0, **evaluate(policy, eval_questions, config)})
+    progress = tqdm(range(1, config.max_steps + 1), desc="train")
+    for step in progress:  # line 1: an iteration of the paper is steps_per_generation of these
+        started, part = time.perf_counter(), (step - 1) % config.steps_per_generation
+        seconds = defaultdict(float)  # a generation batch is counted in the step that waited for it
+        if part == 0:
+            iteration = (step - 1) // config.steps_per_generation
+            with timed(seconds, "generate"):
+                batch = generate(policy, draw(questions, iteration, config), config, iteration)  # lines 2, 3
+            with timed(seconds, "reward"):
+                score(batch, policy, config)  # line 4: r(x, y) and Â
+            freeze(batch, policy, reference, config, seconds)  # π_old, π_ref and π_text-ref on these tokens
+        size = config.generation_batch_size // config.steps_per_generation
+        rows = range(part * size, (part + 1) * size)
+        measure = config.eta > 0 or step % config.mass_interval == 0 or step == 1
+        with timed(seconds, "update"):
+            metrics, per_token = update(policy, optimizer, batch, rows, config, measure)  # lines 5–12
+        metrics = {"step": step, "learning_rate": schedule.get_last_lr()[0], **metrics,
+                   **{f"seconds_{name}": seconds[name] for name in
+                      ("generate", "reward", "old", "reference", "text_reference", "update")},
+                   "seconds_step": time.perf_counter() - started}
+        schedule.step()
+        log("metrics.jsonl", metrics)
+        for row, delta_h, audio_mass in zip(rows, per_token["delta_h"], per_token["audio_mass"], strict=True):
+            log("completions.jsonl", completion_record(batch, row, step, delta_h, audio_mass))
+        progress.set_postfix(reward=f"{metrics['reward']:.2f}", accuracy=f"{metrics['accuracy']:.2f}",
+                             a_t=f"{metrics['audio_mass_max']:.3f}" if measure else "–", s=f"{metrics['seconds_step']:.1f}")
+    if eval_questions:
+        log("evaluation.jsonl", {"step": config.max_steps, **evaluate(policy, eval_questions, config)})
+    save_checkpoint(policy, Path(config.output_dir) / "checkpoint")
+    plot_training(Path(config.output_dir))
+
+
+@dataclass
+class GenerationBatch:
+    """The completions of one iteration, group by group, and what is computed on them once. N = generation_batch_size."""
+
+    prompts: list  # [N] model.Prompt, each repeated G times
+    completions: list  # [N] rollout.Completion
+    texts: list = None  # [N] str
+    rewards: dict = None  # name → [N]: accuracy, format, consistency, total (Eq. 6)
+    advantages: torch.Tensor = None  # [N]
+    pos_gates: list = None  # [N] of [T] 0/1
+    pos_fallbacks: int = 0
+    old_logp: list = None  # [N] of [T], π_old = π_θ at the start of the iteration
+    ref_logp: list = None  # [N] of [T]
+    text_ref_entropy: list = None  # [N] of [T], or None in plain GRPO
+
+
+def draw(questions, iteration, config):
+    """Line 2: the questions x = (x_text, x_audio) of an iteration. Epoch e is the e-th permutation of the data; a position
+    in the run fixes the question, so that nothing needs to be remembered."""
+    count, drawn = config.generation_batch_size // config.group_size, []
+    for position in range(iteration * count, (iteration + 1) * count):
+        epoch, place = divmod(position, len(questions))
+        order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+        drawn.append(questions[order[place]])
+    return drawn
+
+
+def generate(policy, questions, config, iteration):
+    """Line 3: G completions y ~ π_θ(· | x) of every question."""
+    policy.eval()  # in training mode with checkpointing transformers drops the cache, and samples from nothing
+    prompts = [policy.encode(question, config.instruction) for question in questions]
+    completions = sample(policy, prompts, config.group_size, temperature=config.temperature, top_k=config.top_k,
+                         top_p=config.top_p, repetition_penalty=config.repetition_penalty,
+                         max_new_tokens=config.max_new_tokens, seed=config.seed * 1_000_003 + iteration)
+    return GenerationBatch([p for p in prompts for _ in range(config.group_size)], completions)
+
+
+def score(batch, policy, config):
+    """Line 4: r = λ_acc r_acc + λ_format r_format + λ_cons r_cons (Eq. 6), Â (Sec. 2); and the POS gates (Appendix E)."""
+    tokenizer = policy.tokenizer
+    batch.texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in batch.completions]
+    prefilled = tokenizer.decode(batch.prompts[0].ids).rstrip().endswith("<think>")
+    style = config.format_style
+    accuracy = [accuracy_reward(text, p.question.answer, p.question.choices, style)
+                for text, p in zip(batch.texts, batch.prompts)]
+    form = [format_reward(text, style, prefilled=prefilled) for text in batch.texts]
+    consistency = check_consistency(batch.texts, config)
+    total = [total_reward(a, f, c, config.reward_weights) for a, f, c in zip(accuracy, form, consistency, strict=True)]
+    batch.rewards = {"accuracy": torch.tensor(accuracy), "format": torch.tensor(form),
+                     "consistency": torch.tensor(consistency), "total": torch.tensor(total)}
+    batch.advantages = group_advantages(batch.rewards["total"], config.group_size, config.advantage_eps)
+    batch.pos_gates, batch.pos_fallbacks = pos_gate_batch([c.token_ids for c in batch.completions], tokenizer)
+
+
+def check_consistency(texts, config):
+    if config.reward_weights[2] == 0:
+        return [0.0] * len(texts)
+    if config.checker == "rule":
+        return rule_consistency_rewards(texts, format_style=config.format_style)
+    return consistency_rewards(texts, url=config.checker, model=config.checker_model, format_style=config.format_style)
+
+
+@torch.no_grad()
+def freeze(batch, policy, reference, config, seconds):
+    """Once per iteration: log π_old and log π_ref of the tokens, and H(π_text-ref) (Sec. 3.3; no such pass in GRPO)."""
+    def forward(model, text_only=False):
+        statistics = []
+        for rows in micro_batches(range(len(batch.prompts)), config.micro_batch_size):
+            s = model(collate(policy, batch, rows, text_only), config.temperature)
+            statistics += [(s.logp[i, :n], s.entropy[i, :n]) for i, n in enumerate(lengths(batch, rows))]
+        return zip(*statistics)
+
+    policy.eval()
+    with timed(seconds, "old"):
+        batch.old_logp, _ = map(list, forward(policy))
+    with reference() as frozen:
+        with timed(seconds, "reference"):
+            batch.ref_logp, _ = map(list, forward(frozen))
+        if config.mask or config.eta > 0:
+            with timed(seconds, "text_reference"):
+                _, batch.text_ref_entropy = map(list, forward(frozen, text_only=True))
+
+
+def update(policy, optimizer, batch, rows, config, measure):
+    """Lines 5–12 on the completions `rows`: one optimizer step. → metrics of the step, per-token Δh and a_t of each row.
+
+    The loss of a micro-batch is a mean over its counted completions, so weighing it by their number gives the gradient
+    of the whole step whatever micro_batch_size is.
+    """
+    policy.train(config.gradient_checkpointing)  # transformers recomputes activations in training mode alone
+    optimizer.zero_grad(set_to_none=True)
+    counted_rows = sum(counted(batch, i, config) for i in rows)
+    totals, per_token = defaultdict(lambda: [0.0, 0.0]), {"delta_h": [], "audio_mass": []}
+    for micro in micro_batches(rows, config.micro_batch_size):
+        inputs = collate(policy, batch, micro)
+        now = policy(inputs, config.temperature, config.target_layers if measure else ())
+        token_mask = inputs.completion_mask.to(policy.device)  # [B, T]
+        loss_mask = token_mask & torch.tensor([counted(batch, i, config) for i in micro], device=policy.device)[:, None]
+        mass = None if now.head_mass is None else audio_attention_mass(now.head_mass)  # line 7: a_t
+        old_logp = pad([batch.old_logp[i] for i in micro], policy)
+        parts = mapo_loss(
+            logp=now.logp, old_logp=old_logp, ref_logp=pad([batch.ref_logp[i] for i in micro], policy),
+            advantages=batch.advantages[list(micro)].to(policy.device), mask=loss_mask, config=config,
+            policy_entropy=now.entropy,  # live: Δh is that of this update (line 6)
+            text_ref_entropy=pad([batch.text_ref_entropy[i] for i in micro], policy) if batch.text_ref_entropy else None,
+            audio_mass=mass, pos_gate=pad([torch.tensor(batch.pos_gates[i]) for i in micro], policy),
+            accuracy_reward=batch.rewards["accuracy"][list(micro)].to(policy.device))  # lines 8–11
+        share = sum(counted(batch, i, config) for i in micro) / max(1, counted_rows)
+        if not torch.isfinite(parts["loss"]):
+            raise FloatingPointError(f"the loss is {parts['loss'].item()} on prompts {[batch.prompts[i].question.id for i in micro]}")
+        (parts["loss"] * share).backward()
+        collect(totals, per_token, parts, now, mass, old_logp, token_mask, loss_mask, share, config)
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=True)
+    optimizer.step()  # line 12
+    metrics = {name: value / weight if weight else None for name, (value, weight) in totals.items()}
+    return {**metrics, **batch_metrics(batch, rows), "grad_norm": grad_norm.item()}, per_token
+
+
+# ──────────────────────────────────────────────── Batches of ragged completions ───────────────────────────────────────
+
+
+def micro_batches(rows, size):
+    """Splits a range of rows into ranges of at most `size`."""
+    return [rows[start:start + size] for start in range(0, len(rows), size)]
+
+
+def collate(policy, batch, rows, text_only=False):
+    return policy.collate([batch.prompts[i] for i in rows], [batch.completions[i].token_ids for i in rows], text_only)
+
+
+def lengths(batch, rows):
+    return [len(batch.completions[i].token_ids) for i in rows]
+
+
+def counted(batch, row, config):
+    """Does the completion stand in the means of the loss? All do, unless mask_truncated takes the unfinished ones out."""
+    return not (config.mask_truncated and batch.completions[row].finish_reason == "length")
+
+
+def pad(rows, policy):
+    """List of [T_i] → [B, max T_i] on the policy's device, 0 on the right."""
+    return pad_sequence(rows, batch_first=True).to(policy.device)
+
+
+# ─────────────────────────────────────────────────────── What is logged ───────────────────────────────────────────────
+
+
+@torch.no_grad()
+def collect(totals, per_token, parts, now, mass, old_logp, token_mask, loss_mask, share, config):
+    """Adds a micro-batch to the step's metrics: totals[name] = [Σ value·weight, Σ weight].
+
+    Losses are weighted as in the gradient; the rest are means over tokens. Late is the last third of each completion.
+    """
+    def add(name, values, where):
+        totals[name][0] += values[where].sum().item()
+        totals[name][1] += where.sum().item()
+
+    for name in ("loss", "policy_loss", "kl_loss", "attention_loss"):
+        totals[name][0] += parts[name].item() * share
+        totals[name][1] = 1.0
+    position = torch.arange(1, token_mask.shape[1] + 1, device=token_mask.device)
+    late = token_mask & (position > token_mask.sum(dim=1, keepdim=True) * 2 / 3)
+    ratio = (now.logp - old_logp).exp()
+    add("clip_fraction", ((ratio - 1).abs() > config.clip_ratio).float(), loss_mask)
+    add("policy_entropy", now.entropy, token_mask)  # H_policy
+    if parts["delta_h"] is not None:
+        add("text_ref_entropy", parts["delta_h"] + now.entropy, token_mask)  # H_text-ref
+        add("delta_h_abs", parts["delta_h"].abs(), token_mask)
+    add("omega_mean", parts["omega"], loss_mask)
+    add("omega_square", parts["omega"] ** 2, loss_mask)  # its spread: 1 when ω̃ ≡ 1
+    add("omega_capped", (parts["omega"] >= config.mask_clip).float(), loss_mask)
+    if mass is not None:
+        mean_head = now.head_mass.mean(dim=(0, 2))  # mean over layers and heads  [B, T]
+        for name, values in (("audio_mass_max", mass), ("audio_mass_mean", mean_head)):
+            add(name, values, token_mask)
+            add(f"{name}_late", values, late)
+    for row, length in enumerate(token_mask.sum(dim=1).tolist()):
+        for name, values in (("delta_h", parts["delta_h"]), ("audio_mass", mass)):
+            per_token[name].append(None if values is None else values[row, :length].tolist())
+
+
+def batch_metrics(batch, rows):
+    """Rewards by kind, lengths and the POS gate of a step's completions; the sampler's distance from π_old."""
+    rows = list(rows)
+    tokens = lengths(batch, rows)
+    gap = [(torch.tensor(batch.completions[i].logps) - batch.old_logp[i].cpu()).abs().mean().item() for i in rows]
+    mean = {f"reward_{name}": values[rows].mean().item() for name, values in batch.rewards.items() if name != "total"}
+    return {"reward": batch.rewards["total"][rows].mean().item(), **mean,
+            "reward_std": batch.rewards["total"][rows].std().item(),
+            "accuracy": mean["reward_accuracy"],
+            "zero_advantage": (batch.advantages[rows].abs() < 1e-6).float().mean().item(),
+            "completion_length": sum(tokens) / len(tokens),
+            "truncated": sum(batch.completions[i].finish_reason == "length" for i in rows) / len(rows),
+            "pos_coverage": sum(sum(batch.pos_gates[i]) for i in rows) / sum(tokens),
+            "pos_fallbacks": batch.pos_fallbacks,  # of the whole generation batch
+            "sampler_gap": sum(gap) / len(gap)}
+
+
+def completion_record(batch, row, step, delta_h, audio_mass):
+    """A line of completions.jsonl; Δh_t and a_t per token, as the update saw them."""
+    completion = batch.completions[row]
+
+    def rounded(values):
+        return None if values is None else [round(v, 4) for v in values]
+
+    return {"step": step, "prompt_id": batch.prompts[row].question.id, "text": batch.texts[row],
+            "finish_reason": completion.finish_reason, "token_ids": completion.token_ids,
+            **{f"reward_{name}": values[row].item() for name, values in batch.rewards.items()},
+            "advantage": batch.advantages[row].item(), "delta_h": rounded(delta_h), "audio_mass": rounded(audio_mass)}
+
+
+def open_log(config):
+    """Makes output_dir, writes config.yaml, → log(file name, record), which appends a line of json. An earlier run's
+    files of the same names are emptied."""
+    folder = Path(config.output_dir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+    files = {name: open(folder / name, "w", encoding="utf-8")
+             for name in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl")}
+    tracker = None
+    if config.report_to != "none":
+        from accelerate import Accelerator  # only needed for its trackers
+        tracker = Accelerator(log_with=config.report_to, project_dir=folder)
+        tracker.init_trackers(folder.name, config={k: str(v) for k, v in dataclasses.asdict(config).items()})
+
+    def log(name, record):
+        files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
+        files[name].flush()
+        if tracker and name == "metrics.jsonl":
+            tracker.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
+
+    return log
+
+
+@contextlib.contextmanager
+def timed(seconds, name):
+    started = time.perf_counter()
+    yield
+    seconds[name] += time.perf_counter() - started
+
+
+def evaluate(policy, questions, config):
+    """Greedy accuracy, format and length on `questions` → dict of means, with the number of questions."""
+    policy.eval()
+    completions = sample(policy, [policy.encode(q, config.instruction) for q in questions], 1, temperature=0, seed=0,
+                         repetition_penalty=config.repetition_penalty, max_new_tokens=config.max_new_tokens, progress=True)
+    texts = [policy.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+    accuracy = [accuracy_reward(t, q.answer, q.choices, config.format_style) for t, q in zip(texts, questions)]
+    form = [format_reward(t, config.format_style) for t in texts]
+    n = len(questions)
+    return {"questions": n, "accuracy": sum(accuracy) / n, "format": sum(form) / n,
+            "completion_length": sum(len(c.token_ids) for c in completions) / n}
+
+
+def save_checkpoint(policy, folder):
+    """Writes a folder that transformers and load_policy read; beside it the adapter alone, for LoRA. Written in a sibling
+    and renamed, so that a broken run leaves no half checkpoint."""
+    if hasattr(policy.model, "merge_and_unload"):
+        policy.model.save_pretrained(folder.with_name("adapter"))
+        policy.model = policy.model.merge_and_unload()
+    building = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(building, ignore_errors=True)
+    policy.save(building)
+    shutil.rmtree(folder, ignore_errors=True)
+    building.rename(folder)
+
+
+def plot_training(folder):
+    """training.png: the paper's curves of this run: accuracy and length (Fig. 4), a_t (Fig. 5)."""
+    from matplotlib.figure import Figure  # slow to import, and only needed at the end
+
+    metrics = [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
+    evaluations = [json.loads(line) for line in open(folder / "evaluation.jsonl", encoding="utf-8")]
+    figure = Figure(figsize=(13, 3.8), layout="constrained")
+    accuracy, length, mass = figure.subplots(1, 3)
+
+    def curve(axis, name, label, color):
+        points = [(m["step"], m[name]) for m in metrics if m.get(name) is not None]
+        if points:
+            steps, values = zip(*points)
+            smooth = [sum(values[max(0, i - 4):i + 1]) / len(values[max(0, i - 4):i + 1]) for i in range(len(values))]
+            axis.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+            axis.plot(steps, smooth, color=color, label=label)
+
+    curve(accuracy, "accuracy", "sampled, training questions", "tab:blue")
+    if evaluations:
+        accuracy.plot([e["step"] for e in evaluations], [e["accuracy"] for e in evaluations], "ko--", markersize=5,
+                      linewidth=1, label="greedy, held-out questions")
+    curve(length, "completion_length", "completion length", "tab:green")
+    curve(mass, "audio_mass_max", "max head, all tokens", "tab:orange")
+    curve(mass, "audio_mass_max_late", "max head, last third", "tab:red")
+    curve(mass, "audio_mass_mean", "mean head, all tokens", "tab:gray")
+    for axis, title, unit in ((accuracy, "Accuracy", "share right"), (length, "Completion length", "tokens"),
+                              (mass, "Audio attention mass $a_t$", "share of attention")):
+        axis.set(title=title, xlabel="optimizer step", ylabel=unit)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=8)
+    accuracy.set_ylim(0, 1.02)
+    mass.set_ylim(bottom=0)
+    figure.savefig(folder / "training.png", dpi=120)
+
+
+# ────────────────────────────────────────────────────── At the door ───────────────────────────────────────────────────
+
+
+def open_inputs(config):
+    """Reads and checks everything a run needs → questions, eval questions, policy. Raises InputError; writes nothing."""
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training on several processes is not built yet; start "
+                         "train.py with python, not with torchrun on several ranks")
+    for name in ("model", "data"):
+        if not getattr(config, name):
+            raise InputError(f"{name} is empty: give --{name}, or a recipe that has it")
+    if config.reward_weights[2] != 0 and config.checker != "rule" and not config.checker.startswith("http"):
+        raise InputError(f"checker is {config.checker!r}: give the URL of the consistency checker, `rule`, or λ_cons 0")
+    try:
+        load_tagger()
+    except LookupError as error:
+        raise InputError(str(error)) from error
+    questions = read_avqa(config.data) if config.data_format == "avqa" else read_questions(config.data)
+    eval_questions = read_questions(config.eval_data) if config.eval_data else []
+    torch.manual_seed(config.seed)
+    policy = load_policy(config.model)
+    check_policy(policy, questions[0], config.target_layers)
+    policy.requires_grad_(False)
+    if config.lora_rank:
+        add_lora(policy, config.lora_rank, config.lora_alpha)
+    else:
+        policy.base.requires_grad_(True)
+        for name in ("visual", "audio_tower"):  # the vision tower has no part in the forward
+            if hasattr(policy.base.model, name) and (name == "visual" or config.freeze_audio_tower):
+                getattr(policy.base.model, name).requires_grad_(False)
+    if config.gradient_checkpointing:
+        policy.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        policy.base.enable_input_require_grads()
+    return questions, eval_questions, policy.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def make_reference(policy, config):
+    """→ a context manager that yields the frozen initial policy: π_ref and π_text-ref. Under LoRA it is the policy with its
+    adapters disabled, no copy; else a copy made now."""
+    if config.lora_rank:
+        @contextlib.contextmanager
+        def reference():
+            with policy.model.disable_adapter():
+                yield policy
+        return reference
+    frozen = copy.deepcopy(policy).requires_grad_(False).eval()
+    return lambda: contextlib.nullcontext(frozen)
+
+
+def make_optimizer(policy, config):
+    """AdamW with decay on matrices alone, and the cosine schedule with warm-up."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}],
+        lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2))
+    warmup = math.ceil(config.warmup_ratio * config.max_steps)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, config.max_steps)
+
+
+def read_config(arguments):
+    """Command line → TrainConfig: an optional recipe (yaml) first, then flags, which override it. Raises InputError."""
+    parser = HfArgumentParser(TrainConfig, usage="train.py [RECIPE.yaml] [--FIELD VALUE ...]", description=__doc__.split("\n")[0])
+
+    def refuse(message):
+        raise InputError(f"train.py: {message}; see python train.py --help")
+
+    parser.error = refuse
+    flags = []
+    if arguments and not arguments[0].startswith("-"):
+        recipe, arguments = Path(arguments[0]), arguments[1:]
+        flags = [flag for name, value in read_recipe(recipe).items()
+                 for flag in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))]
+    try:
+        return parser.parse_args_into_dataclasses([*flags, *arguments], look_for_args_file=False)[0]
+    except ValueError as error:
+        raise InputError(f"config: {error}") from error
+
+
+def read_recipe(path):
+    """Yaml file of fields → dict. Raises InputError naming the file and the unknown key."""
+    if not path.is_file():
+        raise InputError(f"{path}: no such recipe; see recipes/")
+    try:
+        recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid yaml ({' '.join(str(error).split())})") from error
+    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    if not isinstance(recipe, dict):
+        raise InputError(f"{path}: a {type(recipe).__name__}; write one `field: value` a line")
+    unknown = [key for key in recipe if key not in known]
+    if unknown:
+        raise InputError(f"{path}: unknown field {unknown[0]!r}; python train.py --help lists the fields")
+    return recipe
+
+
+def main(arguments):
+    transformers_logging.disable_progress_bar()  # its bars for loading and saving would break ours
+    try:
+        config = read_config(arguments)
+        if config.model == "toy":  # the embedded default: a folder of its own, with model and questions
+            from toy import prepare
+            world = prepare(Path(config.output_dir).parent / f"toy-world-{config.seed}", config.seed)
+            config = dataclasses.replace(config, model=str(world / "model"), data=str(world / "train.jsonl"),
+                                         eval_data=config.eval_data or str(world / "test.jsonl"))
+        train(config)
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except CheckerError as error:  # a reward is missing: the run stops rather than count it as 0
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
