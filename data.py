@@ -115,7 +115,10 @@ def check_audio(path, where):
     if not header.frames:
         raise InputError(f"{where}: {path} is empty; remove the question or mend the file")
     if header.subtype in ("FLOAT", "DOUBLE"):
-        load_audio(path)
+        try:
+            load_audio(path)
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error
 
 
 def _json_lines(path):

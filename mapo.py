@@ -32,11 +32,11 @@ def group_advantages(rewards, group_size, eps):
         raise ValueError(f"group_size is {group_size}: a group-relative advantage needs at least 2 completions a prompt")
     if rewards.dim() != 1 or rewards.numel() % group_size:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}: expected [B] with B a multiple of {group_size}")
-    if not torch.isfinite(rewards).all():
-        raise ValueError("rewards holds a value that is not finite: every completion needs a reward")
-    r = rewards.view(-1, group_size)  # [B/G, G]
+    if not rewards.is_floating_point() or not torch.isfinite(rewards).all():
+        raise ValueError("rewards holds a value that is not finite, or is no float: every completion needs a reward")
+    r = rewards.double().view(-1, group_size)  # [B/G, G]; in fp32 equal rewards would leave a rest after r − mean
     centred = r - r.mean(dim=1, keepdim=True)  # r − mean
-    return (centred / (r.std(dim=1, keepdim=True) + eps)).view(-1)  # / (std + ε)
+    return (centred / (r.std(dim=1, keepdim=True) + eps)).view(-1).to(rewards.dtype)  # / (std + ε)
 
 
 def audio_attention_mass(head_mass):
@@ -223,7 +223,7 @@ def mapo_loss(*, logp, old_logp, ref_logp, advantages, mask, config, policy_entr
     delta_h = None
     omega = mask.to(logp.dtype)  # GRPO: ω̃ ≡ 1
     if text_ref_entropy is not None and policy_entropy is not None:
-        delta_h = differential_entropy(text_ref_entropy, policy_entropy)  # Sec. 3.3
+        delta_h = differential_entropy(text_ref_entropy, policy_entropy).masked_fill(~mask, 0)  # Sec. 3.3
     if config.mask:
         omega = relevance_mask(delta_h, mask, config.tau_base, config.mask_clip)  # Eq. 1
     surrogate = clipped_surrogate(logp, old_logp, advantages, config.clip_ratio)
@@ -271,11 +271,22 @@ class MapoConfig:
     beta: float = _value(0.002, "β, weight of the KL term (paper, Table 5)")
 
     def __post_init__(self):
-        for name, low, high in (("group_size", 2, None), ("clip_ratio", 0, 1), ("eta", 0, None), ("kappa", 0, None),
-                                ("fail_gate_floor", 0, 1), ("advantage_floor", 0, None), ("beta", 0, None)):
-            value = getattr(self, name)
-            if not value >= low or (high is not None and not value <= high):
-                raise ValueError(f"{name} is {value}: it must be at least {low}" + (f" and at most {high}" if high else ""))
+        if not isinstance(self.mask, bool):
+            raise ValueError(f"mask is {self.mask!r}: it must be true or false")
+        if not isinstance(self.group_size, int) or self.group_size < 2:
+            raise ValueError(f"group_size is {self.group_size!r}: a group needs at least 2 completions")
+        inf = float("inf")
+        for name, low, high in (("clip_ratio", 0, 1), ("eta", 0, inf), ("kappa", 0, inf), ("beta", 0, inf),
+                                ("fail_threshold", -inf, inf), ("fail_gate_floor", 0, 1), ("advantage_floor", 0, inf)):
+            self._check(name, low <= self._number(name) <= high, f"a finite number from {low} to {high}")
         for name in ("tau_base", "mask_clip", "prefactor_clip", "advantage_eps", "attention_eps"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
+            self._check(name, self._number(name) > 0, "a finite number above 0")
+
+    def _number(self, name):
+        value = getattr(self, name)
+        is_number = isinstance(value, (int, float)) and not isinstance(value, bool)
+        return value if is_number and abs(value) < float("inf") else float("nan")  # NaN fails every comparison
+
+    def _check(self, name, fine, needed):
+        if not fine:
+            raise ValueError(f"{name} is {getattr(self, name)!r}: it must be {needed}")

@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForMultimodalLM, AutoTokenizer,
                           WhisperFeatureExtractor)
@@ -135,7 +136,11 @@ class Policy(torch.nn.Module):
             raise InputError(f"question {question.id}: the chat template renders {rendered.count(self.audio_token_id)} audio "
                              f"placeholders (id {self.audio_token_id}) for {len(features)} clips; mend the template in the "
                              "model folder, or audio_token_id in its config.json")
-        counts = iter([audio_token_count(n, self.base.config) for n in frames])
+        counts = [audio_token_count(n, self.base.config) for n in frames]
+        if min(counts) < (2 if self.base.config.model_type == "qwen2_audio" else 1):  # its forward takes 1 for unexpanded
+            raise InputError(f"question {question.id}: a clip of {min(frames)} frames of 10 ms is too short for this encoder; "
+                             "pad it with silence or remove the question")
+        counts = iter(counts)
         ids = [i for token in rendered for i in [token] * (next(counts) if token == self.audio_token_id else 1)]
         return Prompt(question, ids, self._render(question, instruction, with_audio=False), features, frames)
 
@@ -146,11 +151,13 @@ class Policy(torch.nn.Module):
     def _log_mel(self, path):
         """Path → (log-mel [mel bins, F], frames). 16 kHz, 10 ms hop: 100 frames a second. One clip at a time, so that
         the features of a clip do not depend on its neighbours in a batch."""
-        samples = load_audio(path)
-        extractor = self.feature_extractor
-        # The centred STFT reflects half a window at the edges, so it needs one sample more than that.
-        samples = np.pad(samples, (0, max(0, extractor.n_fft // 2 + 1 - len(samples))))
-        fixed = self.base.config.model_type == "qwen2_audio"  # its encoder takes windows of 30 s, no other length
+        samples, extractor, family = load_audio(path), self.feature_extractor, self.base.config.model_type
+        # Qwen3-Omni's encoder pads its chunks of 1 s to the longest chunk of the batch, so that a shorter clip would
+        # depend on its neighbours: such a clip gets silence up to 1 s. Elsewhere the centred STFT, which reflects half a
+        # window at the edges, needs one sample more than that.
+        least = SAMPLE_RATE if family.startswith("qwen3_omni_moe") else extractor.n_fft // 2 + 1
+        samples = np.pad(samples, (0, max(0, least - len(samples))))
+        fixed = family == "qwen2_audio"  # its encoder takes windows of 30 s, no other length
         if fixed and len(samples) > extractor.n_samples:
             raise InputError(f"{path}: {len(samples) / SAMPLE_RATE:.1f} s, and Qwen2-Audio takes at most "
                              f"{extractor.n_samples / SAMPLE_RATE:.0f} s; cut the clip")
@@ -321,15 +328,25 @@ def load_policy(folder, dtype=torch.float32):
 
     Reads config.json, the safetensors, tokenizer, chat template and preprocessor_config.json; no network. Dropout is set
     to 0 everywhere: old_logp, the update's logp and the sampler must be the same distribution.
-    Raises InputError naming the folder or file when a part is missing, when the config has no audio_token_id, or when
-    the weights do not cover the model.
+    Raises InputError naming the folder or file when a part is missing or broken, when the config has no audio_token_id,
+    or when the weights do not cover the model.
     """
     folder = Path(folder)
     if not (folder / "config.json").is_file():
         raise InputError(f"{folder}: no config.json there; give the folder of a transformers checkpoint")
-    for name in ("preprocessor_config.json", "tokenizer_config.json"):
-        if not (folder / name).is_file():
-            raise InputError(f"{folder}: no {name} there; copy it from the original checkpoint")
+    for names in (("preprocessor_config.json",), ("tokenizer_config.json",), ("tokenizer.json", "vocab.json")):
+        if not any((folder / name).is_file() for name in names):
+            raise InputError(f"{folder}: no {' or '.join(names)} there; copy it from the original checkpoint")
+    try:
+        return _load(folder, dtype)
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # what transformers raises for a broken folder
+        if isinstance(error, InputError):
+            raise
+        raise InputError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]}); the folder must hold a whole "
+                         "transformers checkpoint") from error
+
+
+def _load(folder, dtype):
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config = getattr(config, "thinker_config", config)
     if getattr(config, "audio_token_id", None) is None:
@@ -355,7 +372,7 @@ def load_policy(folder, dtype=torch.float32):
 def make_policy(model, tokenizer, feature_extractor):
     """Policy around a transformers model, with our attention function in its text decoder (the encoder keeps its own)."""
     model.set_attn_implementation({"text_config": "audio_mass"})
-    return Policy(model.eval(), tokenizer, feature_extractor)
+    return Policy(model, tokenizer, feature_extractor).eval()
 
 
 def check_policy(policy, question, target_layers):
@@ -368,14 +385,21 @@ def check_policy(policy, question, target_layers):
             raise InputError(f"target_layers: {layer} is out of range; the model has layers 0 to {policy.num_layers - 1}")
     if not target_layers or len(set(target_layers)) < len(target_layers):
         raise InputError(f"target_layers: {list(target_layers)}; give at least one layer, each once")
-    audio = policy.collate([policy.encode(question)], [[]]).to(policy.device).audio
-    with torch.no_grad():
-        made = policy.base.get_audio_features(**audio)
-    made = made.last_hidden_state.shape[-2] if hasattr(made, "last_hidden_state") else made.shape[0]
-    wanted = sum(audio_token_count(n, policy.base.config) for n in policy.encode(question).frames)
+    prompt = policy.encode(question)
+    batch = policy.collate([prompt], [[]]).to(policy.device)
+    wanted, reason = sum(audio_token_count(n, policy.base.config) for n in prompt.frames), ""
+    try:
+        with torch.no_grad():
+            if hasattr(policy.base, "get_audio_features"):
+                made = policy.base.get_audio_features(**batch.audio).last_hidden_state.shape[-2]
+            else:  # Qwen2-Audio; its forward compares the counts itself
+                policy(batch)
+                made = wanted
+    except (IndexError, RuntimeError, ValueError) as error:
+        made, reason = "no", f" ({' '.join(str(error).split())[:200]})"
     if made != wanted:
-        raise InputError(f"question {question.id}: the audio encoder makes {made} tokens and the prompt holds {wanted} "
-                         "placeholders; check n_window and the feature extractor's hop length in the model folder")
+        raise InputError(f"question {question.id}: the audio encoder makes {made} tokens{reason}, the prompt holds {wanted} placeholders; "
+                         "check n_window and the feature extractor's hop length in the model folder")
 
 
 def add_lora(policy, rank, alpha):

@@ -132,7 +132,7 @@ _TOKEN = re.compile(rf"""
       | n['’]t\b
       | (?<=[^\W_]) ['’](?:s|m|d|re|ve|ll)\b                  # it|'s
       | (?: \d+(?:[.,:]\d+)+ {_L}* | {_L}+ )                  # 1,000  3.5kHz  12:30, or letters
-        (?: [-‐‑]{_L}+ | ['’](?!(?:s|m|d|re|ve|ll|t)\b){_L}+ )*   # high-pitched, thwop-thwop, o'clock
+        (?: [-‐‑]{_L}+ | ['’](?!(?:s|m|d|re|ve|ll|t)\b){_L}+ )* # high-pitched, thwop-thwop, o'clock
     )
   | (?P<mark> [^\w\s] | _ ) (?P=mark)*                        # a run of one mark: !!! is one token
   | (?P<break> [\r\n] )

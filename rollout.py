@@ -30,8 +30,10 @@ def sample(policy, prompts, group_size, *, temperature, top_k=0, top_p=1.0, repe
     """`group_size` completions of every prompt → list[Completion], the completions of a prompt contiguous.
 
     temperature 0 is greedy decoding; top_k 0 and top_p 1 leave the distribution whole. Placeholder ids are banned. The
-    same seed gives the same completions.
+    same seed gives the same completions. Puts the policy into evaluation mode: in training mode with checkpointing
+    transformers drops the cache, and would sample from nothing.
     """
+    policy.eval()
     generator = torch.Generator(policy.device).manual_seed(seed)
     chain = [SuppressTokensLogitsProcessor(policy.placeholder_ids, device=policy.device)]
     if repetition_penalty != 1.0:
@@ -59,7 +61,9 @@ def _sample_chunk(policy, prompts, group_size, processors, *, greedy, max_new_to
     cache = output.past_key_values
     cache.batch_repeat_interleave(group_size)
     hidden = output.last_hidden_state[:, -1].repeat_interleave(group_size, dim=0)  # [B, D], B = P·G
-    ids = ids.repeat_interleave(group_size, dim=0)
+    # The repetition penalty reads `ids`: padding must name no new token, so it repeats the row's first.
+    first = ids.gather(1, attention_mask.argmax(dim=1, keepdim=True))
+    ids = torch.where(attention_mask.bool(), ids, first).repeat_interleave(group_size, dim=0)
     attention_mask = attention_mask.repeat_interleave(group_size, dim=0)
     eos = torch.tensor(policy.eos_ids, device=device)
 

@@ -183,7 +183,6 @@ def draw(questions, iteration, config):
 
 def generate(policy, questions, config, iteration):
     """Line 3: G completions y ~ π_θ(· | x) of every question."""
-    policy.eval()  # in training mode with checkpointing transformers drops the cache, and samples from nothing
     prompts = [policy.encode(question, config.instruction) for question in questions]
     completions = sample(policy, prompts, config.group_size, temperature=config.temperature, top_k=config.top_k,
                          top_p=config.top_p, repetition_penalty=config.repetition_penalty,
@@ -398,7 +397,6 @@ def timed(seconds, name):
 
 def evaluate(policy, questions, config):
     """Greedy accuracy, format and length on `questions` → dict of means, with the number of questions."""
-    policy.eval()
     completions = sample(policy, [policy.encode(q, config.instruction) for q in questions], 1, temperature=0, seed=0,
                          repetition_penalty=config.repetition_penalty, max_new_tokens=config.max_new_tokens, progress=True)
     texts = [policy.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]

@@ -33,6 +33,7 @@ def main():
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study")
     parser.add_argument("--jobs", type=int, default=2, help="runs at a time, one thread each")
+    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[], help="last: flags of train.py for every arm")
     parser.add_argument("--report", action="store_true", help="only measure and draw the runs that exist")
     options = parser.parse_args()
     if not options.report:
@@ -51,22 +52,28 @@ def folder_of(out, seed, arm):
 
 
 def run_arms(options):
-    from toy import prepare
+    def run(command, log):
+        threads = str(max(1, os.cpu_count() // options.jobs))
+        with open(log, "w") as file:
+            subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=file, check=True,
+                           env={**os.environ, "OMP_NUM_THREADS": threads})
+        print(log.parent.name if log.name == "log.txt" else log.name, "done", flush=True)
 
-    for seed in options.seeds:  # the warm starts first: the arms of a seed share one
-        prepare(options.out / f"toy-world-{seed}", seed)
+    def warm_start(seed):  # first, for the arms of a seed share one
+        world = options.out / f"toy-world-{seed}"
+        run(["-c", f"import pathlib, toy; toy.prepare(pathlib.Path({str(world)!r}), {seed})"], options.out / f"world-{seed}.txt")
 
-    def run(job):
+    def train_arm(job):
         seed, arm = job
         folder = folder_of(options.out, seed, arm)
         folder.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "train.py", "recipes/toy.yaml", "--seed", str(seed), "--output_dir", str(folder), *ARMS[arm]]
-        with open(folder / "log.txt", "w") as log:
-            subprocess.run(command, cwd=ROOT, stdout=log, stderr=log, check=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        print(f"seed {seed}, {arm}: done", flush=True)
+        run(["train.py", "recipes/toy.yaml", "--seed", str(seed), "--output_dir", str(folder), *ARMS[arm], *options.flags],
+            folder / "log.txt")
 
+    options.out.mkdir(parents=True, exist_ok=True)
     with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(run, [(seed, arm) for seed in options.seeds for arm in ARMS]))
+        list(pool.map(warm_start, options.seeds))
+        list(pool.map(train_arm, [(seed, arm) for arm in ARMS for seed in options.seeds]))
 
 
 def measure_seed(out, seed):

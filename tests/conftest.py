@@ -1,4 +1,4 @@
-"""For every test: the repository root and this folder on the path, and one thread, so that times do not depend on neighbours."""
+"""For every test: the repository root and this folder on the path, and one thread, as cores are shared."""
 
 import sys
 from pathlib import Path

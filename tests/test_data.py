@@ -113,7 +113,6 @@ def test_mistakes_in_a_row(folder, change, part):
         assert message.startswith(f"{path}:3: ")
 
 
-@pytest.mark.xfail(strict=True, reason="check_audio passes load_audio's message on without the line")
 def test_mistake_in_the_samples_names_the_line(folder):
     """A NaN in a clip, too, is reported with the line of the jsonl file."""
     path = lines(folder, ROW, {**ROW, "id": "q2", "audio": "clips/nan.wav"})
@@ -129,8 +128,8 @@ def test_missing_fields(folder, missing):
 
 @pytest.mark.parametrize("reader", [read_questions, read_avqa])
 @pytest.mark.parametrize("line, part", [
-    ('{"id": "q2"', "not valid json"), ("[1, 2]", "a list, not a json object"), ('"q"', "a str, not"), ("null", "a NoneType, not"),
-    ("what?", "not valid json")])
+    ('{"id": "q2"', "not valid json"), ("[1, 2]", "a list, not a json object"), ('"q"', "a str, not"),
+    ("null", "a NoneType, not"), ("what?", "not valid json")])
 def test_mistakes_in_a_line(folder, reader, line, part):
     """Lines that are not a json object, named by number."""
     path = lines(folder, "", ROW if reader is read_questions else AVQA, line)
@@ -171,11 +170,14 @@ def test_read_avqa_with_audio_elsewhere(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("change, part", [
-    ({"id": 183}, "id '183' stands in line 1"), ({"id": ""}, "field 'id' is ''"), ({"question_type": 5}, "field 'domain' is 5"),
+    ({"id": 183}, "id '183' stands in line 1"), ({"id": ""}, "field 'id' is ''"),
+    ({"question_type": 5}, "field 'domain' is 5"),
     ({"answer": 3}, "answer 3 is no index into the 3 options"), ({"answer": -1}, "answer -1 is no index"),
     ({"answer": "a dog"}, "field 'answer' is 'a dog'"), ({"answer": True}, "field 'answer' is True"),
-    ({"question_text": None}, "field 'question_text' is None"), ({"multi_choice": "abc"}, "field 'multi_choice' is 'abc'"),
-    ({"multi_choice": ["x"], "answer": 0}, "at least two"), ({"multi_choice": ["x", "x"], "answer": 0}, "an option twice"),
+    ({"question_text": None}, "field 'question_text' is None"),
+    ({"multi_choice": "abc"}, "field 'multi_choice' is 'abc'"),
+    ({"multi_choice": ["x"], "answer": 0}, "at least two"),
+    ({"multi_choice": ["x", "x"], "answer": 0}, "an option twice"),
     ({"audio_path": 4}, "field 'audio_path' is 4"), ({"audio_path": "clips/b.wav"}, "does not exist"),
     ({"audio_path": "clips/text.wav"}, "cannot be read as audio")])
 def test_mistakes_in_an_avqa_row(folder, change, part):
@@ -234,8 +236,8 @@ def test_load_audio_formats(tmp_path, suffix):
 
 def test_load_audio_refuses(folder):
     """Broken, empty and NaN files, by name, also where no question is read."""
-    for name, part in (("text.wav", "cannot be read"), ("empty.wav", "empty"), ("nan.wav", "NaN"), ("inf.wav", "infinite"),
-                       ("none.wav", "cannot be read")):
+    for name, part in (("text.wav", "cannot be read"), ("empty.wav", "empty"), ("nan.wav", "NaN"),
+                       ("inf.wav", "infinite"), ("none.wav", "cannot be read")):
         message = error_of(load_audio, folder / "clips" / name)
         assert message.startswith(f"{folder / 'clips' / name}: ") and part in message
 
@@ -246,11 +248,12 @@ def test_load_audio_refuses(folder):
 def test_conversation():
     """One user turn: the clips first, then the question with its options by letter. No system prompt."""
     question = Question("q", ("a.wav", "b.wav"), "Which is louder?", ("the first", "the second", "both"), "both")
-    text = {"type": "text", "text": "Which is louder?\nChoose one of these options:\nA. the first\nB. the second\nC. both"}
+    words = "Which is louder?\nChoose one of these options:\nA. the first\nB. the second\nC. both"
+    text = {"type": "text", "text": words}
     assert conversation(question) == [{"role": "user", "content": [
         {"type": "audio", "audio": "a.wav"}, {"type": "audio", "audio": "b.wav"}, text]}]
     assert conversation(question, with_audio=False) == [{"role": "user", "content": [text]}]
-    told = {"type": "text", "text": text["text"] + "\nThink first."}
+    told = {"type": "text", "text": words + "\nThink first."}
     assert conversation(question, False, "Think first.") == [{"role": "user", "content": [told]}]
     assert conversation(question, True, "Think first.")[0]["content"][2] == told
 

@@ -102,6 +102,7 @@ def test_wrong_answers(predicted):
 
 @pytest.mark.parametrize("predicted, answer", [
     ("B", "B"), ("C", "C"), ("(b)", "B"), ("c.", "C"), ("A", "A"), ("a", "a"), ("A.", "A"), ("(a)", "a"),  # texts first
+    ("Ａ", "A"), ("ａ", "a"),
     ("D", "a"),  # no text, so a letter: the fourth option
     ("A. B", "B"), ("C) A", "A"), ("D) a", "a"), ("d) a.", "a"),
 ])
@@ -117,7 +118,8 @@ def test_no_option_that_is_a_letter(predicted):
 @pytest.mark.parametrize("predicted, answer", [
     ("Help", "Help"), ("help", "Help"), ("HELP!", "Help!"), ("\"Help\"", None), ("Help.", None),
     ("C#", "C#"), ("c#", "C#"), ("C", "C"), ("C.", "C"), ("−3 dB", "−3 dB"), ("3 db", "3 dB"),
-    ("x²", "x²"), ("x2", "x2"), ("X²", None), ("B. Help!", "Help!"), ("A. Help", "Help"), ("A. Help!", None), ("G", "x²"),
+    ("x²", "x²"), ("x2", "x2"), ("X²", None),
+    ("B. Help!", "Help!"), ("A. Help", "Help"), ("A. Help!", None), ("G", "x²"),
 ])
 def test_options_that_differ_by_little_are_not_merged(predicted, answer):
     assert [accuracy(predicted, pair, PAIRS) for pair in PAIRS] == [float(pair == answer) for pair in PAIRS]
@@ -127,7 +129,11 @@ def test_marks_with_a_meaning_are_compared():
     assert accuracy("C", "C#", ["C#", "D"]) == 0.0
     assert accuracy("3 dB", "-3 dB", ["-3 dB", "5 dB"]) == 0.0
     assert accuracy("5", ".5", [".5", "1"]) == 0.0
-    assert accuracy("?", "?", ["?", "!"]) == 1.0 and accuracy("!", "?", ["?", "!"]) == 0.0
+    assert accuracy("?", "?", ["?", "!"]) == 1.0 and accuracy("!", "?", ["?", "dog"]) == 0.0
+
+
+def test_a_text_of_several_options_is_no_letter():
+    assert [accuracy("a.", choice, ["A!", "A", "x"]) for choice in ("A!", "A", "x")] == [0.0, 0.0, 0.0]
 
 
 def test_accuracy_needs_the_block():
@@ -336,10 +342,10 @@ def test_the_prompt_is_the_papers():
     """Word for word Appendix B; white space apart, which the paper's text does not keep."""
     assert " ".join(CHECKER_PROMPT.split()) == (
         "You are a reasoning consistency evaluator. Given a model’s thinking process and its final answer, your task "
-        "is to evaluate it against two specific failure modes. Thinking Process: {think_text} Final Answer: {answer_text} "
-        "Respond “NO” ONLY if at least one of the following is true: 1. The conclusion reached in the thinking process "
-        "does not agree with or contradicts the final answer. 2. The thinking process is visibly incomplete or cut off "
-        "prematurely. If neither of these failure modes is present, respond “YES”. Only output YES or NO.")
+        "is to evaluate it against two specific failure modes. Thinking Process: {think_text} Final Answer: "
+        "{answer_text} Respond “NO” ONLY if at least one of the following is true: 1. The conclusion reached in the "
+        "thinking process does not agree with or contradicts the final answer. 2. The thinking process is visibly "
+        "incomplete or cut off prematurely. If neither of these failure modes is present, respond “YES”. Only output YES or NO.")
 
 
 def test_order_is_kept_and_requests_overlap_within_the_bound(start_checker):
@@ -447,7 +453,7 @@ def test_nobody_listens():
 
 
 def test_a_slow_checker_times_out_and_is_tried_again(start_checker):
-    checker = start_checker(lambda prompt, n: time.sleep(0.6) if n == 0 else "YES")
+    checker = start_checker(lambda prompt, n: time.sleep(0.6 * (n == 0)) or ("YES" if n else "NO"))
     assert consistency_rewards(completions(1), url=checker.url, model="judge", timeout=0.2) == [1.0]
     assert len(checker.requests) == 2
 
@@ -473,3 +479,20 @@ def test_waits_grow(start_checker, monkeypatch):
     assert consistency_rewards(completions(1), url=checker.url, model="judge") == [1.0]
     first, second, third = (b - a for a, b in zip(times, times[1:]))
     assert first >= 0.05 and second >= 0.1 and third >= 0.2  # doubled, plus up to FIRST_WAIT of jitter
+
+
+# ────────────────────────────────────────────── the toy's rule for r_cons ─────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("completion, score", [
+    ("<think> I hear a bell. So the first is a bell.</think> bell", 1.0),
+    ("<think>So the first is a bell. </think>Bell", 1.0),
+    ("<think>So it is the door bell.</think> door bell", 1.0),
+    ("<think>So the first is a bell</think> bell", 0.0),  # cut off: no full stop
+    ("<think>So the first is a bell.</think> hum", 0.0),  # contradicts
+    ("<think>So the first is a doorbell.</think> bell", 0.0),  # another word
+    ("<think>So the first is a bell.", 0.0),  # no answer
+    ("bell", 0.0)])
+def test_consistency_by_rule(completion, score):
+    """The thinking ends in a full stop and its last words are the answer."""
+    assert rewards.rule_consistency_rewards([completion, completion]) == [score, score]

@@ -1,4 +1,4 @@
-"""rollout.py against transformers' generate (greedy) and against distributions recomputed from whole forwards (sampling)."""
+"""rollout.py against transformers' generate (greedy) and distributions recomputed from whole forwards (sampling)."""
 
 import copy
 import math
@@ -61,7 +61,7 @@ def kept(logits, ids_so_far, banned, temperature, top_k, top_p, penalty):
         order, weights = order[:reached], weights[:reached]
     result = [-math.inf] * len(scores)
     for i, w in zip(order, weights):
-        result[i] = math.log(w / sum(weights))
+        result[i] = math.log(w / sum(weights)) if w else -math.inf
     return result
 
 
@@ -70,8 +70,8 @@ def kept(logits, ids_so_far, banned, temperature, top_k, top_p, penalty):
 
 @pytest.mark.parametrize("kind", ["qwen3_omni", "qwen2_5_omni", "qwen2_audio"])
 def test_greedy_is_generate(kind, tmp_path):
-    """Token for token what transformers' generate writes for the left-padded batch, placeholders suppressed; every one of
-    a group alike."""
+    """Token for token what transformers' generate writes for the left-padded batch, placeholders suppressed; all of a
+    group alike."""
     policy = getattr(tiny, kind)(seed=1)
     prompts = [policy.encode(q) for q in tiny.questions(tmp_path)]
     eager = copy.deepcopy(policy.base)
@@ -111,7 +111,8 @@ def test_chunks(setting, eos, monkeypatch, at_once):
     batches, collate = [], policy.collate
     monkeypatch.setattr(rollout, "SEQUENCES", at_once)
     monkeypatch.setattr(policy, "collate", lambda p, c: batches.append(len(p)) or collate(p, c))
-    assert [c.token_ids for c in sample(policy, prompts, 2, temperature=0, max_new_tokens=6, seed=0)] == [c.token_ids for c in whole]
+    parts = sample(policy, prompts, 2, temperature=0, max_new_tokens=6, seed=0)
+    assert [c.token_ids for c in parts] == [c.token_ids for c in whole]
     assert batches == {1: [1, 1, 1], 4: [2, 1], 6: [3]}[at_once]
 
 
@@ -136,10 +137,9 @@ def test_logps_are_the_trainers(setting):
 
 
 def test_logps_equal_policy_without_bans(setting, monkeypatch):
-    """With no banned ids they are equal outright, and sum to what policy gives."""
+    """With no banned ids they are equal outright."""
     policy, _, prompts = setting
     monkeypatch.setattr(policy, "placeholder_ids", [])
-    monkeypatch.setattr(policy, "audio_token_id", policy.audio_token_id)
     completions = sample(policy, prompts, 1, temperature=1.2, max_new_tokens=8, seed=11)
     assert all(policy.audio_token_id not in c.token_ids for c in completions)  # of this seed
     with torch.no_grad():
@@ -153,7 +153,7 @@ def test_logps_equal_policy_without_bans(setting, monkeypatch):
     dict(temperature=0.7, top_p=0.8), dict(temperature=1.0, top_k=3, top_p=0.6),
     dict(temperature=1.2, top_k=20, top_p=0.9, repetition_penalty=1.5)], ids=str)
 def test_logps_after_options(setting, eos, options):
-    """Sampled tokens lie in the cut distribution and carry its log-probs, for each row of a group under its own prompt."""
+    """Sampled tokens lie in the cut distribution and carry its log-probs, each row under its own prompt."""
     policy, eager, prompts = setting
     eos(-1)
     prompts, group = [prompts[1], prompts[3]], 3
@@ -171,7 +171,6 @@ def test_logps_after_options(setting, eos, options):
             assert abs(expected[token] - c.logps[t]) < 2e-5
 
 
-@pytest.mark.xfail(strict=True, reason="the processor sees the left padding, token 0, as said")
 def test_repetition_penalty_does_not_see_padding(setting, eos):
     """A prompt's completions under a repetition penalty do not depend on how far it is padded."""
     policy, eager, prompts = setting
@@ -180,7 +179,8 @@ def test_repetition_penalty_does_not_see_padding(setting, eos):
     assert len(prompts[0].ids) < len(prompts[1].ids) and 0 not in prompts[0].ids
     c = sample(policy, prompts, 1, temperature=1.0, repetition_penalty=1.5, max_new_tokens=1, seed=2)[0]
     logits = whole_logits(policy, eager, prompts, 0, c.token_ids)
-    assert abs(kept(logits[0], prompts[0].ids, policy.placeholder_ids, 1.0, 0, 1.0, 1.5)[c.token_ids[0]] - c.logps[0]) < 2e-5
+    expected = kept(logits[0], prompts[0].ids, policy.placeholder_ids, 1.0, 0, 1.0, penalty=1.5)
+    assert abs(expected[c.token_ids[0]] - c.logps[0]) < 2e-5
 
 
 def test_greedy_logps(setting, eos):
@@ -217,7 +217,8 @@ def rig(policy, biases, keep=True):
     policy.base.lm_head = Rigged(bias, policy.base.lm_head if keep else None)
 
 
-@pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=1.2), dict(temperature=1.0, top_k=2, top_p=0.9)], ids=str)
+@pytest.mark.parametrize("options", [dict(temperature=0), dict(temperature=1.2),
+                                     dict(temperature=1.0, top_k=2, top_p=0.9)], ids=str)
 def test_placeholders_are_never_sampled(spoilt, setting, options):
     """Not even by an lm_head that wants nothing else; log-probs stay finite."""
     assert len(spoilt.placeholder_ids) == 3
@@ -267,7 +268,8 @@ def test_finished_rows_leave_without_a_trace(setting, eos, monkeypatch):
     assert len(end) == 4 and len(set(expected)) >= 3 and 16 in expected  # the case is as described
     eos(*ends)
     sizes = []
-    hook = policy.base.model.language_model.register_forward_hook(lambda m, a, out: sizes.append(len(out.last_hidden_state)))
+    hook = policy.base.model.language_model.register_forward_hook(
+        lambda module, arguments, output: sizes.append(len(output.last_hidden_state)))
     found = sample(policy, prompts, 2, temperature=0, max_new_tokens=16, seed=0)
     hook.remove()
     for c, whole, n in zip(found, endless, expected):
@@ -319,7 +321,8 @@ def test_frequencies(spoilt, setting, options):
         row[i] = value
     log_probs = kept(row, [], [], options["temperature"], options.get("top_k", 0), options.get("top_p", 1.0), 1.0)
     expected = {i: math.exp(log_probs[i]) * len(draws) for i in logits if log_probs[i] > -math.inf}
-    assert len(draws) == 8192 and set(draws) == set(expected) and len(expected) == {"top_k": 4, "top_p": 2}.get(list(options)[-1], 5)
+    assert len(expected) == {"top_k": 4, "top_p": 2}.get(list(options)[-1], 5)
+    assert len(draws) == 8192 and set(draws) == set(expected)
     chi2 = sum((draws.count(i) - n) ** 2 / n for i, n in expected.items())
     assert chi2 < {1: 15.1, 3: 21.1, 4: 23.5}[len(expected) - 1]
     for c in completions[:50]:
@@ -331,12 +334,3 @@ def test_no_gradient(setting):
     policy, _, prompts = setting
     sample(policy, prompts[:1], 1, temperature=1.0, max_new_tokens=2, seed=0)
     assert torch.is_grad_enabled() and all(p.grad is None for p in policy.parameters())
-
-
-@pytest.mark.xfail(strict=True, raises=AttributeError, reason="transformers keeps no cache in train mode under checkpointing")
-def test_sampling_in_train_mode_under_checkpointing(spoilt, setting):
-    """As the trainer leaves the model between two updates."""
-    wanted = sample(spoilt, setting[2], 2, temperature=1.0, max_new_tokens=4, seed=0)
-    spoilt.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-    spoilt.train()
-    assert sample(spoilt, setting[2], 2, temperature=1.0, max_new_tokens=4, seed=0) == wanted
