@@ -92,7 +92,10 @@ def _read(path, audio_root, to_row):
 
 
 def load_audio(path):
-    """One clip → float32 [samples], mono (channels averaged), 16 kHz. Raises InputError for a broken or empty file, or NaN."""
+    """One clip → float32 [samples], mono (channels averaged), 16 kHz.
+
+    Raises InputError for a broken or empty file, and for NaN or infinite samples.
+    """
     try:
         samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # [samples, channels]
     except soundfile.LibsndfileError as error:
@@ -157,4 +160,5 @@ def _question(row, folder, where):
     domain = row.get("domain")
     if domain is not None and not isinstance(domain, str):
         raise InputError(f"{where}: field 'domain' is {domain!r}; give a string or leave it out")
-    return Question(row["id"], tuple(folder / clip for clip in audio), row["question"], tuple(choices), row["answer"], domain or "")
+    clips = tuple(folder / clip for clip in audio)
+    return Question(row["id"], clips, row["question"], tuple(choices), row["answer"], domain or "")

@@ -133,13 +133,14 @@ class Policy(torch.nn.Module):
         features, frames = zip(*(self._log_mel(path) for path in question.audio))
         rendered = self._render(question, instruction, with_audio=True)
         if rendered.count(self.audio_token_id) != len(features):
-            raise InputError(f"question {question.id}: the chat template renders {rendered.count(self.audio_token_id)} audio "
-                             f"placeholders (id {self.audio_token_id}) for {len(features)} clips; mend the template in the "
-                             "model folder, or audio_token_id in its config.json")
+            raise InputError(f"question {question.id}: the chat template renders {rendered.count(self.audio_token_id)} "
+                             f"audio placeholders (id {self.audio_token_id}) for {len(features)} clips; mend the template "
+                             "in the model folder, or audio_token_id in its config.json")
         counts = [audio_token_count(n, self.base.config) for n in frames]
-        if min(counts) < (2 if self.base.config.model_type == "qwen2_audio" else 1):  # its forward takes 1 for unexpanded
-            raise InputError(f"question {question.id}: a clip of {min(frames)} frames of 10 ms is too short for this encoder; "
-                             "pad it with silence or remove the question")
+        # Qwen2-Audio's forward takes a single placeholder for one that nobody has expanded yet.
+        if min(counts) < (2 if self.base.config.model_type == "qwen2_audio" else 1):
+            raise InputError(f"question {question.id}: a clip of {min(frames)} frames of 10 ms is too short for this "
+                             "encoder; pad it with silence or remove the question")
         counts = iter(counts)
         ids = [i for token in rendered for i in [token] * (next(counts) if token == self.audio_token_id else 1)]
         return Prompt(question, ids, self._render(question, instruction, with_audio=False), features, frames)
@@ -273,9 +274,10 @@ def attention_with_mass(module, query, key, value, attention_mask, mass_layers=(
 class AudioMass(torch.autograd.Function):
     """m_{t} = Σ_{j ∈ S_audio} α_{t,j} of every head, with α = softmax(q·k/√d) over the allowed keys.  (Sec. 3.2)
 
-    query [B, H, T, d], key [B, Hkv, S, d], audio [B, S] bool, allowed [B, 1, T, S] bool → [B, H, T]. Products and softmax in
-    fp32 (fp64 for fp64 inputs): with bf16 products the mass is off by 2e-2. MASS_ROWS rows of α exist at a time. The
-    backward is Eq. 15, ∂m_t/∂z_{t,i} = α_{t,i}·(𝟙[i ∈ S_audio] − m_t), with α made again, then the chain rule of z = q·k/√d.
+    query [B, H, T, d], key [B, Hkv, S, d], audio [B, S] bool, allowed [B, 1, T, S] bool → [B, H, T]. Products and
+    softmax in fp32 (fp64 for fp64 inputs): with bf16 products the mass is off by 2e-2. MASS_ROWS rows of α exist at a
+    time. The backward is Eq. 15, ∂m_t/∂z_{t,i} = α_{t,i}·(𝟙[i ∈ S_audio] − m_t), with α made again, then the chain rule
+    of z = q·k/√d.
     """
 
     @staticmethod
@@ -296,7 +298,8 @@ class AudioMass(torch.autograd.Function):
         groups = key.shape[1]
         for rows in _row_slices(query):
             alpha, q, k = AudioMass.weights(query[:, :, rows], key, allowed[:, :, rows], ctx.scaling)
-            m, g = (x[:, :, rows].unflatten(1, (groups, -1)).unsqueeze(-1) for x in (ctx.mass, grad))  # [B, Hkv, H/Hkv, T, 1]
+            # [B, H, rows] → [B, Hkv, H/Hkv, rows, 1]
+            m, g = (x[:, :, rows].unflatten(1, (groups, -1)).unsqueeze(-1) for x in (ctx.mass, grad))
             dz = g * alpha * (audio[:, None, None, None].to(alpha.dtype) - m) * ctx.scaling  # Eq. 15
             grad_query[:, :, rows] = torch.einsum("bgrts,bgsd->bgrtd", dz, k).flatten(1, 2).to(query.dtype)
             grad_key += torch.einsum("bgrts,bgrtd->bgsd", dz, q)
@@ -364,7 +367,7 @@ def _load(folder, dtype):
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if tokenizer.chat_template is None:  # older checkpoints keep it in a file of the processor
         if not (folder / "chat_template.json").is_file():
-            raise InputError(f"{folder}: no chat template (chat_template.jinja or .json); copy it from the original checkpoint")
+            raise InputError(f"{folder}: no chat template (chat_template.jinja or .json); copy it from the original")
         tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
     return make_policy(model, tokenizer, WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True))
 
@@ -398,8 +401,8 @@ def check_policy(policy, question, target_layers):
     except (IndexError, RuntimeError, ValueError) as error:
         made, reason = "no", f" ({' '.join(str(error).split())[:200]})"
     if made != wanted:
-        raise InputError(f"question {question.id}: the audio encoder makes {made} tokens{reason}, the prompt holds {wanted} placeholders; "
-                         "check n_window and the feature extractor's hop length in the model folder")
+        raise InputError(f"question {question.id}: the audio encoder makes {made} tokens{reason}, the prompt holds "
+                         f"{wanted} placeholders; check n_window and the feature extractor's hop length in the model folder")
 
 
 def add_lora(policy, rank, alpha):
@@ -414,7 +417,8 @@ def add_lora(policy, rank, alpha):
     decoder = policy.base.model.language_model
     names = [name for name, module in policy.base.named_modules()
              if isinstance(module, torch.nn.Linear) and any(module is m for m in decoder.modules())]
-    policy.model = get_peft_model(policy.base, LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names))
+    lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
+    policy.model = get_peft_model(policy.base, lora)
     return policy
 
 

@@ -12,9 +12,10 @@ The names of the paper: one *iteration* of Algorithm 1 is one generation batch h
 `steps_per_generation` optimizer steps, as in the paper (768 completions, 4 steps of 192).
 """
 
-import copy
 import contextlib
+import copy
 import dataclasses
+import importlib.util
 import json
 import math
 import os
@@ -33,7 +34,7 @@ from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
 from data import InputError, read_avqa, read_questions
-from mapo import MapoConfig, audio_attention_mass, group_advantages, mapo_loss
+from mapo import MapoConfig, audio_attention_mass, differential_entropy, group_advantages, mapo_loss
 from model import add_lora, check_policy, load_policy
 from pos_gate import load_tagger, pos_gate_batch
 from rewards import (CheckerError, accuracy_reward, consistency_rewards, format_reward, rule_consistency_rewards,
@@ -50,9 +51,10 @@ class TrainConfig(MapoConfig):
     """Everything a run is told. The fields of the equations come from MapoConfig; the rest is here. The defaults are the
     paper's Table 5 where it has the value; (release) is the authors' code, (ours) a decision of this project."""
 
-    model: str = _value("", "folder of the checkpoint that starts π_θ, or `toy` for the embedded default (paper: Qwen3-Omni-30B-A3B-Thinking)")
+    model: str = _value("", "folder of the checkpoint that starts π_θ, or `toy` for the embedded default (paper: "
+                            "Qwen3-Omni-30B-A3B-Thinking)")
     data: str = _value("", "jsonl file of training questions, see data.py (paper: AVQA, then a 29k mixture)")
-    data_format: str = _value("jsonl", "rows of data: `jsonl`, our own (data.py), or `avqa`, AVQA as R1-AQA writes it (ours)")
+    data_format: str = _value("jsonl", "rows of data: `jsonl`, our own, or `avqa`, AVQA as R1-AQA writes it (ours)")
     instruction: str = _value("", "text after the options in the prompt, for models told their format (ours; Appendix G)")
     eval_data: str = _value("", "jsonl file for greedy accuracy before and after training; empty is none (ours)")
     output_dir: str = _value("runs/run", "folder for everything a run writes (ours)")
@@ -72,14 +74,16 @@ class TrainConfig(MapoConfig):
     top_p: float = _value(0.99, "top-p of the sampler (paper, Table 5)")
     repetition_penalty: float = _value(1.0, "repetition penalty of the sampler (paper, Table 5)")
     max_new_tokens: int = _value(1200, "longest completion, tokens (release)")
-    mask_truncated: bool = _value(False, "leave completions cut at max_new_tokens out of every mean (ours: off; release: on)")
+    mask_truncated: bool = _value(False, "leave completions cut at max_new_tokens out of every mean (ours; release: on)")
     target_layers: list[int] = field(default_factory=lambda: [43, 44, 45, 46, 47], metadata={
         "help": "L_tgt, decoder layers of a_t, 0-based (paper, Table 5)"})
     mass_interval: int = _value(10, "with eta 0, measure a_t (no gradient) every this many steps (ours)")
     reward_weights: list[float] = field(default_factory=lambda: [2.0, 1.0, 1.0], metadata={
         "help": "λ_acc λ_format λ_cons of Eq. 6 (paper)"})
-    format_style: str = _value("think", "`think`: <think>…</think> answer; `reasoning`: <reasoning>…</reasoning><answer>…</answer> (paper, Appendix G)")
-    checker: str = _value("", "base URL of the OpenAI-compatible server of the consistency checker, or `rule` for the toy's rule (paper: vLLM)")
+    format_style: str = _value("think", "`think`: <think>…</think> answer; `reasoning`: <reasoning>…</reasoning>"
+                                        "<answer>…</answer> (paper, Appendix G)")
+    checker: str = _value("", "base URL of the OpenAI-compatible server of the consistency checker, or `rule` for the "
+                              "toy's rule (paper: vLLM)")
     checker_model: str = _value("Qwen3-30B-A3B-Instruct", "model name asked of the checker (paper)")
     lora_rank: int = _value(0, "LoRA rank; 0 trains all parameters of the decoder (release: 128)")
     lora_alpha: int = _value(512, "LoRA α (release)")
@@ -98,7 +102,8 @@ class TrainConfig(MapoConfig):
             raise ValueError("top_p must be in (0, 1], top_k and lora_rank at least 0, warmup_ratio in [0, 1): got "
                              f"{self.top_p}, {self.top_k}, {self.lora_rank}, {self.warmup_ratio}")
         if self.generation_batch_size % self.group_size:
-            raise ValueError(f"generation_batch_size {self.generation_batch_size} is no multiple of group_size {self.group_size}")
+            raise ValueError(f"generation_batch_size {self.generation_batch_size} is no multiple of group_size "
+                             f"{self.group_size}")
         if self.generation_batch_size % self.steps_per_generation:
             raise ValueError(f"generation_batch_size {self.generation_batch_size} is no multiple of steps_per_generation "
                              f"{self.steps_per_generation}")
@@ -119,37 +124,38 @@ def train(config):
     questions, eval_questions, policy = open_inputs(config)
     reference = make_reference(policy, config)  # π_ref and π_text-ref, the frozen start of π_θ
     optimizer, schedule = make_optimizer(policy, config)
-    log = open_log(config)
-    if eval_questions:
-        log("evaluation.jsonl", {"step": 0, **evaluate(policy, eval_questions, config)})
-    progress = tqdm(range(1, config.max_steps + 1), desc="train")
-    for step in progress:  # line 1: an iteration of the paper is steps_per_generation of these
-        started, part = time.perf_counter(), (step - 1) % config.steps_per_generation
-        seconds = defaultdict(float)  # a generation batch is counted in the step that waited for it
-        if part == 0:
-            iteration = (step - 1) // config.steps_per_generation
-            with timed(seconds, "generate"):
-                batch = generate(policy, draw(questions, iteration, config), config, iteration)  # lines 2, 3
-            with timed(seconds, "reward"):
-                score(batch, policy, config)  # line 4: r(x, y) and Â
-            freeze(batch, policy, reference, config, seconds)  # π_old, π_ref and π_text-ref on these tokens
-        size = config.generation_batch_size // config.steps_per_generation
-        rows = range(part * size, (part + 1) * size)
-        measure = config.eta > 0 or step % config.mass_interval == 0 or step == 1
-        with timed(seconds, "update"):
-            metrics, per_token = update(policy, optimizer, batch, rows, config, measure)  # lines 5–12
-        metrics = {"step": step, "learning_rate": schedule.get_last_lr()[0], **metrics,
-                   **{f"seconds_{name}": seconds[name] for name in
-                      ("generate", "reward", "old", "reference", "text_reference", "update")},
-                   "seconds_step": time.perf_counter() - started}
-        schedule.step()
-        log("metrics.jsonl", metrics)
-        for row, delta_h, audio_mass in zip(rows, per_token["delta_h"], per_token["audio_mass"], strict=True):
-            log("completions.jsonl", completion_record(batch, row, step, delta_h, audio_mass))
-        progress.set_postfix(reward=f"{metrics['reward']:.2f}", accuracy=f"{metrics['accuracy']:.2f}",
-                             a_t=f"{metrics['audio_mass_max']:.3f}" if measure else "–", s=f"{metrics['seconds_step']:.1f}")
-    if eval_questions:
-        log("evaluation.jsonl", {"step": config.max_steps, **evaluate(policy, eval_questions, config)})
+    with open_log(config) as log:
+        if eval_questions:
+            log("evaluation.jsonl", {"step": 0, **evaluate(policy, eval_questions, config)})
+        progress = tqdm(range(1, config.max_steps + 1), desc="train")
+        for step in progress:  # line 1: an iteration of the paper is steps_per_generation of these
+            started, part = time.perf_counter(), (step - 1) % config.steps_per_generation
+            seconds = defaultdict(float)  # a generation batch is counted in the step that waited for it
+            if part == 0:
+                iteration = (step - 1) // config.steps_per_generation
+                with timed(seconds, "generate"):
+                    batch = generate(policy, draw(questions, iteration, config), config, iteration)  # lines 2, 3
+                with timed(seconds, "reward"):
+                    score(batch, policy, config)  # line 4: r(x, y) and Â
+                freeze(batch, policy, reference, config, seconds)  # π_old, π_ref and π_text-ref on these tokens
+            size = config.generation_batch_size // config.steps_per_generation
+            rows = range(part * size, (part + 1) * size)
+            measure = config.eta > 0 or step % config.mass_interval == 0 or step == 1
+            with timed(seconds, "update"):
+                metrics, per_token = update(policy, optimizer, batch, rows, config, measure)  # lines 5–12
+            metrics = {"step": step, "learning_rate": schedule.get_last_lr()[0], **metrics,
+                       **{f"seconds_{name}": seconds[name] for name in
+                          ("generate", "reward", "old", "reference", "text_reference", "update")},
+                       "seconds_step": time.perf_counter() - started}
+            schedule.step()
+            log("metrics.jsonl", metrics)
+            for row, delta_h, audio_mass in zip(rows, per_token["delta_h"], per_token["audio_mass"], strict=True):
+                log("completions.jsonl", completion_record(batch, row, step, delta_h, audio_mass))
+            progress.set_postfix(reward=f"{metrics['reward']:.2f}", accuracy=f"{metrics['accuracy']:.2f}",
+                                 a_t=f"{metrics['audio_mass_max']:.3f}" if measure else "–",
+                                 s=f"{metrics['seconds_step']:.1f}")
+        if eval_questions:
+            log("evaluation.jsonl", {"step": config.max_steps, **evaluate(policy, eval_questions, config)})
     save_checkpoint(policy, Path(config.output_dir) / "checkpoint")
     plot_training(Path(config.output_dir))
 
@@ -194,17 +200,21 @@ def score(batch, policy, config):
     """Line 4: r = λ_acc r_acc + λ_format r_format + λ_cons r_cons (Eq. 6), Â (Sec. 2); and the POS gates (Appendix E)."""
     tokenizer = policy.tokenizer
     batch.texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in batch.completions]
-    prefilled = tokenizer.decode(batch.prompts[0].ids).rstrip().endswith("<think>")
     style = config.format_style
     accuracy = [accuracy_reward(text, p.question.answer, p.question.choices, style)
                 for text, p in zip(batch.texts, batch.prompts)]
-    form = [format_reward(text, style, prefilled=prefilled) for text in batch.texts]
+    form = [format_reward(text, style, think_is_prefilled(policy, p)) for text, p in zip(batch.texts, batch.prompts)]
     consistency = check_consistency(batch.texts, config)
     total = [total_reward(a, f, c, config.reward_weights) for a, f, c in zip(accuracy, form, consistency, strict=True)]
     batch.rewards = {"accuracy": torch.tensor(accuracy), "format": torch.tensor(form),
                      "consistency": torch.tensor(consistency), "total": torch.tensor(total)}
     batch.advantages = group_advantages(batch.rewards["total"], config.group_size, config.advantage_eps)
     batch.pos_gates, batch.pos_fallbacks = pos_gate_batch([c.token_ids for c in batch.completions], tokenizer)
+
+
+def think_is_prefilled(policy, prompt):
+    """Does the chat template open the thinking block itself, so that the completion starts inside it?"""
+    return policy.tokenizer.decode(prompt.text_ids[-8:]).rstrip().endswith("<think>")
 
 
 def check_consistency(texts, config):
@@ -253,22 +263,25 @@ def update(policy, optimizer, batch, rows, config, measure):
         loss_mask = token_mask & torch.tensor([counted(batch, i, config) for i in micro], device=policy.device)[:, None]
         mass = None if now.head_mass is None else audio_attention_mass(now.head_mass)  # line 7: a_t
         old_logp = pad([batch.old_logp[i] for i in micro], policy)
+        text_ref_entropy = pad([batch.text_ref_entropy[i] for i in micro], policy) if batch.text_ref_entropy else None
         parts = mapo_loss(
             logp=now.logp, old_logp=old_logp, ref_logp=pad([batch.ref_logp[i] for i in micro], policy),
             advantages=batch.advantages[list(micro)].to(policy.device), mask=loss_mask, config=config,
             policy_entropy=now.entropy,  # live: Δh is that of this update (line 6)
-            text_ref_entropy=pad([batch.text_ref_entropy[i] for i in micro], policy) if batch.text_ref_entropy else None,
-            audio_mass=mass, pos_gate=pad([torch.tensor(batch.pos_gates[i]) for i in micro], policy),
+            text_ref_entropy=text_ref_entropy, audio_mass=mass,
+            pos_gate=pad([torch.tensor(batch.pos_gates[i]) for i in micro], policy),
             accuracy_reward=batch.rewards["accuracy"][list(micro)].to(policy.device))  # lines 8–11
         share = sum(counted(batch, i, config) for i in micro) / max(1, counted_rows)
         if not torch.isfinite(parts["loss"]):
-            raise FloatingPointError(f"the loss is {parts['loss'].item()} on prompts {[batch.prompts[i].question.id for i in micro]}")
+            ids = [batch.prompts[i].question.id for i in micro]
+            raise FloatingPointError(f"the loss is {parts['loss'].item()} on the completions of {ids}")
         (parts["loss"] * share).backward()
-        collect(totals, per_token, parts, now, mass, old_logp, token_mask, loss_mask, share, config)
+        collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, token_mask, loss_mask, share, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=True)
     optimizer.step()  # line 12
-    metrics = {name: value / weight if weight else None for name, (value, weight) in totals.items()}
+    metrics = dict.fromkeys(("text_ref_entropy", "delta_h_abs", *MASS_METRICS))  # null where nothing was measured
+    metrics |= {name: value / weight if weight else None for name, (value, weight) in totals.items()}
     return {**metrics, **batch_metrics(batch, rows), "grad_norm": grad_norm.item()}, per_token
 
 
@@ -301,11 +314,15 @@ def pad(rows, policy):
 # ─────────────────────────────────────────────────────── What is logged ───────────────────────────────────────────────
 
 
+MASS_METRICS = ("audio_mass_max", "audio_mass_max_late", "audio_mass_mean", "audio_mass_mean_late")
+
+
 @torch.no_grad()
-def collect(totals, per_token, parts, now, mass, old_logp, token_mask, loss_mask, share, config):
+def collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, token_mask, loss_mask, share, config):
     """Adds a micro-batch to the step's metrics: totals[name] = [Σ value·weight, Σ weight].
 
-    Losses are weighted as in the gradient; the rest are means over tokens. Late is the last third of each completion.
+    Losses are weighted as in the gradient. The rest are means over tokens: of ρ and ω̃ over those that the loss counts
+    (`loss_mask`), of entropies and a_t over all of them. Late is the last third of each completion.
     """
     def add(name, values, where):
         totals[name][0] += values[where].sum().item()
@@ -319,9 +336,11 @@ def collect(totals, per_token, parts, now, mass, old_logp, token_mask, loss_mask
     ratio = (now.logp - old_logp).exp()
     add("clip_fraction", ((ratio - 1).abs() > config.clip_ratio).float(), loss_mask)
     add("policy_entropy", now.entropy, token_mask)  # H_policy
-    if parts["delta_h"] is not None:
-        add("text_ref_entropy", parts["delta_h"] + now.entropy, token_mask)  # H_text-ref
-        add("delta_h_abs", parts["delta_h"].abs(), token_mask)
+    delta_h = None
+    if text_ref_entropy is not None:
+        delta_h = differential_entropy(text_ref_entropy, now.entropy)
+        add("text_ref_entropy", text_ref_entropy, token_mask)  # H_text-ref
+        add("delta_h_abs", delta_h.abs(), token_mask)
     add("omega_mean", parts["omega"], loss_mask)
     add("omega_square", parts["omega"] ** 2, loss_mask)  # its spread: 1 when ω̃ ≡ 1
     add("omega_capped", (parts["omega"] >= config.mask_clip).float(), loss_mask)
@@ -331,7 +350,7 @@ def collect(totals, per_token, parts, now, mass, old_logp, token_mask, loss_mask
             add(name, values, token_mask)
             add(f"{name}_late", values, late)
     for row, length in enumerate(token_mask.sum(dim=1).tolist()):
-        for name, values in (("delta_h", parts["delta_h"]), ("audio_mass", mass)):
+        for name, values in (("delta_h", delta_h), ("audio_mass", mass)):
             per_token[name].append(None if values is None else values[row, :length].tolist())
 
 
@@ -365,27 +384,31 @@ def completion_record(batch, row, step, delta_h, audio_mass):
             "advantage": batch.advantages[row].item(), "delta_h": rounded(delta_h), "audio_mass": rounded(audio_mass)}
 
 
+@contextlib.contextmanager
 def open_log(config):
-    """Makes output_dir, writes config.yaml, → log(file name, record), which appends a line of json. An earlier run's
-    files of the same names are emptied."""
+    """Makes output_dir, writes config.yaml, and yields log(file name, record), which appends a line of json. An earlier
+    run's files of the same names are emptied. Metrics go to accelerate's tracker as well, when one is asked for."""
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-    files = {name: open(folder / name, "w", encoding="utf-8")
-             for name in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl")}
+    (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
     tracker = None
     if config.report_to != "none":
-        from accelerate import Accelerator  # only needed for its trackers
+        from accelerate import Accelerator  # slow to import, and needed for its trackers alone
         tracker = Accelerator(log_with=config.report_to, project_dir=folder)
         tracker.init_trackers(folder.name, config={k: str(v) for k, v in dataclasses.asdict(config).items()})
+    with contextlib.ExitStack() as files:
+        names = ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl")
+        opened = {name: files.enter_context(open(folder / name, "w", encoding="utf-8")) for name in names}
 
-    def log(name, record):
-        files[name].write(json.dumps(record, ensure_ascii=False) + "\n")
-        files[name].flush()
-        if tracker and name == "metrics.jsonl":
-            tracker.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
+        def log(name, record):
+            opened[name].write(json.dumps(record, ensure_ascii=False) + "\n")
+            opened[name].flush()
+            if tracker and name == "metrics.jsonl":
+                tracker.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
 
-    return log
+        yield log
+    if tracker:
+        tracker.end_training()
 
 
 @contextlib.contextmanager
@@ -397,11 +420,12 @@ def timed(seconds, name):
 
 def evaluate(policy, questions, config):
     """Greedy accuracy, format and length on `questions` → dict of means, with the number of questions."""
-    completions = sample(policy, [policy.encode(q, config.instruction) for q in questions], 1, temperature=0, seed=0,
-                         repetition_penalty=config.repetition_penalty, max_new_tokens=config.max_new_tokens, progress=True)
+    prompts = [policy.encode(q, config.instruction) for q in questions]
+    completions = sample(policy, prompts, 1, temperature=0, seed=0, repetition_penalty=config.repetition_penalty,
+                         max_new_tokens=config.max_new_tokens, progress=True)
     texts = [policy.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
     accuracy = [accuracy_reward(t, q.answer, q.choices, config.format_style) for t, q in zip(texts, questions)]
-    form = [format_reward(t, config.format_style) for t in texts]
+    form = [format_reward(t, config.format_style, think_is_prefilled(policy, p)) for t, p in zip(texts, prompts)]
     n = len(questions)
     return {"questions": n, "accuracy": sum(accuracy) / n, "format": sum(form) / n,
             "completion_length": sum(len(c.token_ids) for c in completions) / n}
@@ -468,6 +492,10 @@ def open_inputs(config):
             raise InputError(f"{name} is empty: give --{name}, or a recipe that has it")
     if config.reward_weights[2] != 0 and config.checker != "rule" and not config.checker.startswith("http"):
         raise InputError(f"checker is {config.checker!r}: give the URL of the consistency checker, `rule`, or λ_cons 0")
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise InputError(f"report_to is {config.report_to}, which is not installed: pip install {config.report_to}")
+    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
+        raise InputError(f"output_dir {config.output_dir} is a file; give a folder")
     try:
         load_tagger()
     except LookupError as error:
@@ -486,8 +514,7 @@ def open_inputs(config):
             if hasattr(policy.base.model, name) and (name == "visual" or config.freeze_audio_tower):
                 getattr(policy.base.model, name).requires_grad_(False)
     if config.gradient_checkpointing:
-        policy.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        policy.base.enable_input_require_grads()
+        policy.base.activation_checkpointing_enable({"use_reentrant": False})
     return questions, eval_questions, policy.to("cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -517,7 +544,8 @@ def make_optimizer(policy, config):
 
 def read_config(arguments):
     """Command line → TrainConfig: an optional recipe (yaml) first, then flags, which override it. Raises InputError."""
-    parser = HfArgumentParser(TrainConfig, usage="train.py [RECIPE.yaml] [--FIELD VALUE ...]", description=__doc__.split("\n")[0])
+    parser = HfArgumentParser(TrainConfig, usage="train.py [RECIPE.yaml] [--FIELD VALUE ...]",
+                              description=__doc__.split("\n")[0])
 
     def refuse(message):
         raise InputError(f"train.py: {message}; see python train.py --help")

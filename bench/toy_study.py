@@ -25,7 +25,8 @@ sys.path.insert(0, str(ROOT))
 
 ARMS = {"GRPO": ["--mask", "false", "--eta", "0"], "mask only (η 0)": ["--eta", "0"], "η 0.1": ["--eta", "0.1"],
         "η 0.5": ["--eta", "0.5"]}
-COLORS = {"warm start": "black", "GRPO": "tab:gray", "mask only (η 0)": "tab:blue", "η 0.1": "tab:orange", "η 0.5": "tab:red"}
+COLORS = {"warm start": "black", "GRPO": "tab:gray", "mask only (η 0)": "tab:blue", "η 0.1": "tab:orange",
+          "η 0.5": "tab:red"}
 
 
 def main():
@@ -61,7 +62,7 @@ def run_arms(options):
 
     def warm_start(seed):  # first, for the arms of a seed share one
         world = options.out / f"toy-world-{seed}"
-        run(["-c", f"import pathlib, toy; toy.prepare(pathlib.Path({str(world)!r}), {seed})"], options.out / f"world-{seed}.txt")
+        run(["-c", f"import toy; toy.prepare({str(world)!r}, {seed})"], options.out / f"world-{seed}.txt")
 
     def train_arm(job):
         seed, arm = job
@@ -91,9 +92,9 @@ def measure_seed(out, seed):
     text = [c.token_ids for c in sample(warm, prompts, 1, temperature=0, max_new_tokens=64, seed=0)]
     results = {}
     for arm in ("warm start", *ARMS):
-        folder = folder_of(out, seed, arm)
-        policy = warm if arm == "warm start" else load_policy(folder / "checkpoint")
-        evaluations = [json.loads(line) for line in open(folder_of(out, seed, "GRPO" if arm == "warm start" else arm) / "evaluation.jsonl")]
+        policy = warm if arm == "warm start" else load_policy(folder_of(out, seed, arm) / "checkpoint")
+        run = folder_of(out, seed, "GRPO" if arm == "warm start" else arm)  # every arm evaluates the warm start first
+        evaluations = [json.loads(line) for line in open(run / "evaluation.jsonl")]
         completions = sample(policy, test_prompts, 1, temperature=0, max_new_tokens=64, seed=0)
         texts = [policy.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
         exact = [caption_is_exact(t, truth[q.id]) for t, q in zip(texts, test)]
@@ -124,8 +125,8 @@ def mass_on_text(policy, prompts, text, bins=12):
 
 
 def make_table(results):
-    lines = ["| seed | arm | greedy accuracy, test | format | exact captions | tokens | a_t, same text | first third | last third "
-             "| last third / η 0 | last / first third |", "|---|---|---|---|---|---|---|---|---|---|---|"]
+    lines = ["| seed | arm | greedy accuracy, test | format | exact captions | tokens | a_t, same text | first third "
+             "| last third | last third / η 0 | last / first third |", "|---|---|---|---|---|---|---|---|---|---|---|"]
     for seed, arms in results.items():
         base = arms["mask only (η 0)"]["thirds"][2]
         for arm, r in arms.items():
@@ -168,8 +169,9 @@ def draw_training(out, seeds, path, window=8):
                 smooth = [statistics.fmean(values[max(0, i + 1 - window):i + 1]) for i in range(len(values))]
                 axis.plot([m["step"] for m in metrics], smooth, color=COLORS[arm], alpha=0.85, linewidth=1.2,
                           label=arm if seed == seeds[0] else None)
-    for axis, title, unit in zip(axes, ("Training accuracy (sampled)", "Completion length", "$a_t$, last third, own completions"),
-                                 ("share right", "tokens", "share of attention")):
+    for axis, title, unit in ((axes[0], "Training accuracy (sampled)", "share right"),
+                              (axes[1], "Completion length", "tokens"),
+                              (axes[2], "$a_t$, last third, own completions", "share of attention")):
         axis.set(title=title, xlabel="optimizer step", ylabel=unit)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)

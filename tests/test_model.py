@@ -222,7 +222,7 @@ def test_values_and_gradients_equal_plain_attention(family, rows, temperature, c
              for layer in policy.base.model.language_model.layers]
     try:
         if checkpointing:
-            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            policy.model.activation_checkpointing_enable({"use_reentrant": False})
             policy.train()
         out = policy(batch, temperature, LAYERS)
         a = mapo.audio_attention_mass(out.head_mass)
@@ -829,7 +829,7 @@ def test_lora_under_checkpointing(one_tiny):
     grads = []
     for checkpointing in (False, True):
         if checkpointing:
-            policy.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            policy.model.activation_checkpointing_enable({"use_reentrant": False})
             policy.train()
         out = policy(policy.collate([policy.encode(questions[0])], [[5, 6, 7]]), 1.2, LAYERS)
         learnt = [p for p in policy.parameters() if p.requires_grad]

@@ -42,7 +42,8 @@ def arguments(world, out, *more):
              "generation_batch_size": 16, "steps_per_generation": 2, "micro_batch_size": 3, "temperature": 1.0, "top_k": 0,
              "top_p": 1.0, "max_new_tokens": 12, "checker": "rule", "learning_rate": 1e-3,
              "gradient_checkpointing": "false"}
-    return [str(x) for name, value in flags.items() for x in (f"--{name}", value)] + ["--target_layers", "1", "2", *map(str, more)]
+    given = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
+    return [*given, "--target_layers", "1", "2", *map(str, more)]
 
 
 def lines(path):
@@ -106,10 +107,11 @@ def test_micro_batches_sum_to_the_same_gradient(world, tmp_path, flags):
 
 def test_gradient_checkpointing_changes_nothing(world, tmp_path):
     """Recomputed activations, the masses of L_tgt among them, give the same gradient."""
-    config = replace(read_config(arguments(world, tmp_path, "--eta", "0.5", "--max_grad_norm", "1e9")), steps_per_generation=1)
+    config = read_config(arguments(world, tmp_path, "--eta", "0.5", "--max_grad_norm", "1e9"))
+    config = replace(config, steps_per_generation=1)
     policy, batch = prepared_batch(world, config)
     plain, _ = gradient(policy, batch, config)
-    policy.base.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    policy.base.activation_checkpointing_enable({"use_reentrant": False})
     again, _ = gradient(policy, batch, replace(config, gradient_checkpointing=True))
     assert (again - plain).norm() / plain.norm() < 1e-6
 
@@ -229,8 +231,7 @@ def test_same_seed_same_metrics(finished, world, tmp_path):
 def test_eta_zero_measures_on_an_interval(world, tmp_path):
     """η = 0 needs no a_t; it is measured every mass_interval steps all the same (Fig. 5's η = 0 curve)."""
     assert main(arguments(world, tmp_path, "--eta", "0", "--mass_interval", "2")) == 0
-    assert [m["audio_mass_max"] is not None if "audio_mass_max" in m else False for m in lines(tmp_path / "metrics.jsonl")] == [
-        True, True, False, True]
+    assert [m["audio_mass_max"] is not None for m in lines(tmp_path / "metrics.jsonl")] == [True, True, False, True]
 
 
 def test_lora(world, tmp_path):
@@ -320,6 +321,7 @@ BAD_INPUT = {
     "steps do not divide": (lambda t, w: ["--steps_per_generation", "3"], "no multiple of steps_per_generation 3"),
     "unknown flag": (lambda t, w: ["--etta", "1"], "etta"),
     "a word for a number": (lambda t, w: ["--eta", "much"], "eta.*much"),
+    "no tracker": (lambda t, w: ["--report_to", "wandb"], "report_to is wandb, which is not installed"),
     "no checker": (lambda t, w: ["--checker", ""], "checker is ''"),
 }
 
