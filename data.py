@@ -109,10 +109,13 @@ def load_audio(path):
 
 def check_audio(path, where):
     """Raises InputError unless `path` is a non-empty audio file without NaN; `where` is the line that names it."""
-    if not path.is_file():
+    if len(path.name) > 255 or not path.is_file():  # a longer name makes is_file raise
         raise InputError(f"{where}: audio file {path} does not exist; paths are relative to the jsonl file")
     try:
         header = soundfile.info(path)
+        with soundfile.SoundFile(path) as file:  # a compressed file that was cut off has a sound header
+            file.seek(max(0, file.frames - 1))
+            file.read(1)
     except soundfile.LibsndfileError as error:
         raise InputError(f"{where}: {path} cannot be read as audio ({error}); give a wav, flac, ogg or mp3 file") from error
     if not header.frames:
@@ -127,12 +130,14 @@ def check_audio(path, where):
 def _json_lines(path):
     if not path.is_file():
         raise InputError(f"{path}: no such file; give a jsonl file of questions")
-    with open(path, encoding="utf-8") as lines:
+    with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             if not line.strip():
                 continue
             try:
-                row = json.loads(line)
+                row = json.loads(line.decode("utf-8"))
+            except UnicodeDecodeError as error:
+                raise InputError(f"{path}:{number}: not UTF-8 ({error}); save the file as UTF-8") from error
             except json.JSONDecodeError as error:
                 raise InputError(f"{path}:{number}: not valid json ({error}); write one json object a line") from error
             if not isinstance(row, dict):
@@ -155,7 +160,7 @@ def _question(row, folder, where):
         raise InputError(f"{where}: field 'choices' holds {len(choices)} options; letters name at most 26")
     if row["answer"] not in choices:
         raise InputError(f"{where}: answer {row['answer']!r} is not among the choices {choices}; copy one of them exactly")
-    if choices.count(row["answer"]) > 1 or len(set(choices)) < len(choices):
+    if len({choice.strip() for choice in choices}) < len(choices):
         raise InputError(f"{where}: field 'choices' holds an option twice: {choices}; make the options different")
     domain = row.get("domain")
     if domain is not None and not isinstance(domain, str):

@@ -196,6 +196,10 @@ class Policy(torch.nn.Module):
         features = torch.stack([torch.nn.functional.pad(c, (0, longest - c.shape[1])) for c in clips])  # [clips, mel, F]
         return {"input_features": features, "feature_attention_mask": (torch.arange(longest) < frames[:, None]).long()}
 
+    def text(self, completion):
+        """A rollout.Completion → its text, without special tokens."""
+        return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+
     def save(self, folder):
         """Writes model (safetensors), tokenizer, chat template and feature extractor: a folder that load_policy reads."""
         self.base.save_pretrained(folder)
@@ -214,11 +218,15 @@ def audio_token_count(frames, config):
 
     Qwen3-Omni: three strided convolutions on chunks of 100 frames, 13 tokens a whole chunk, ⌈⌈⌈r/2⌉/2⌉/2⌉ for the rest r.
     Qwen2-Audio, Qwen2.5-Omni: a strided convolution and a pooling by two on the whole clip.
+    Raises InputError for another family, whose rule has to be added here.
     """
     if config.model_type.startswith("qwen3_omni_moe"):
         whole, rest = divmod(frames, 100)
         return 13 * whole + -(-rest // 8)  # ⌈⌈⌈r/2⌉/2⌉/2⌉ = ⌈r/8⌉
-    return ((frames - 1) // 2 + 1 - 2) // 2 + 1
+    if config.model_type in ("qwen2_audio", "qwen2_5_omni_thinker"):
+        return ((frames - 1) // 2 + 1 - 2) // 2 + 1
+    raise InputError(f"config.json: the number of audio tokens of a {config.model_type} is not known; supported are "
+                     "Qwen3-Omni, Qwen2.5-Omni and Qwen2-Audio")
 
 
 # ───────────────────────────────────────── log-prob and entropy without [T, V] ────────────────────────────────────────
@@ -342,8 +350,10 @@ def load_policy(folder, dtype=torch.float32):
             raise InputError(f"{folder}: no {' or '.join(names)} there; copy it from the original checkpoint")
     try:
         return _load(folder, dtype)
+    except InputError:
+        raise
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # what transformers raises for a broken folder
-        if isinstance(error, InputError):
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):  # out of memory, a bug of ours
             raise
         raise InputError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]}); the folder must hold a whole "
                          "transformers checkpoint") from error
@@ -358,9 +368,8 @@ def _load(folder, dtype):
         for name in ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop"):
             if hasattr(part, name):
                 setattr(part, name, 0.0)
-    model_class = AutoModelForMultimodalLM._model_mapping[type(config)]
-    model, info = model_class.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True,
-                                              output_loading_info=True)
+    model, info = AutoModelForMultimodalLM.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True,
+                                                           output_loading_info=True)
     if info["missing_keys"]:
         raise InputError(f"{folder}: the weights lack {len(info['missing_keys'])} tensors, the first "
                          f"{sorted(info['missing_keys'])[0]}; the checkpoint is incomplete")
@@ -378,11 +387,15 @@ def make_policy(model, tokenizer, feature_extractor):
     return Policy(model, tokenizer, feature_extractor).eval()
 
 
-def check_policy(policy, question, target_layers):
-    """At the door of a run: L_tgt exists, and the encoder makes as many audio tokens as the prompt has placeholders.
-
-    Raises InputError.
-    """
+def check_policy(policy, questions, target_layers):
+    """At the door of a run: L_tgt exists, no question spells a placeholder, and for the first question the encoder makes
+    as many audio tokens as the prompt has placeholders. Raises InputError."""
+    placeholders = policy.tokenizer.convert_ids_to_tokens(policy.placeholder_ids)
+    for q in questions:
+        for placeholder in placeholders:
+            if any(placeholder in text for text in (q.question, *q.choices)):
+                raise InputError(f"question {q.id}: its text holds {placeholder}, which stands for audio; remove it")
+    question = questions[0]
     for layer in target_layers:
         if not 0 <= layer < policy.num_layers:
             raise InputError(f"target_layers: {layer} is out of range; the model has layers 0 to {policy.num_layers - 1}")
@@ -398,7 +411,9 @@ def check_policy(policy, question, target_layers):
             else:  # Qwen2-Audio; its forward compares the counts itself
                 policy(batch)
                 made = wanted
-    except (IndexError, RuntimeError, ValueError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, ValueError) as error:  # what the encoders raise when windows and lengths disagree
         made, reason = "no", f" ({' '.join(str(error).split())[:200]})"
     if made != wanted:
         raise InputError(f"question {question.id}: the audio encoder makes {made} tokens{reason}, the prompt holds "
@@ -414,9 +429,9 @@ def add_lora(policy, rank, alpha):
     """
     from peft import LoraConfig, get_peft_model  # slow to import, and only LoRA runs need it
 
-    decoder = policy.base.model.language_model
+    decoder = set(policy.base.model.language_model.modules())
     names = [name for name, module in policy.base.named_modules()
-             if isinstance(module, torch.nn.Linear) and any(module is m for m in decoder.modules())]
+             if isinstance(module, torch.nn.Linear) and module in decoder]
     lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
     policy.model = get_peft_model(policy.base, lora)
     return policy

@@ -18,9 +18,9 @@ of knocks, which no caption tells, to listen again.
 
 import hashlib
 import json
-import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +34,9 @@ from transformers import (Qwen2Tokenizer, Qwen3OmniMoeThinkerConfig, Qwen3OmniMo
 from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import data
+import model
 from mapo import audio_attention_mass
-from model import make_policy
+from rewards import accuracy_reward
 from rollout import sample
 
 SPLITS = {"train": 3000, "dev": 256, "test": 1024}  # questions, each with a clip of its own
@@ -58,9 +59,10 @@ SOUNDS = ("bell", "whistle", "siren", "hiss", "knocks", "hum", "chirp", "buzz", 
 PREFERENCE = ("siren", "bell", "drum", "whistle", "buzz", "knocks", "chirp", "hum", "hiss")  # the prior's, best first
 NUMBERS = {2: "two", 3: "three", 4: "four"}
 PLACES = ("first", "second", "third")
-FILLERS = ("Let me think slowly about it.", "I should weigh every option carefully.", "Only one of these options can be right.",
-           "Such recordings often surprise people.", "The recording is rather short.", "I will now compare the options.",
-           "That seems quite simple.", "The answer needs a little care.")
+FILLERS = ("Let me think slowly about it.", "I should weigh every option carefully.",
+           "Only one of these options can be right.", "Such recordings often surprise people.",
+           "The recording is rather short.", "I will now compare the options.", "That seems quite simple.",
+           "The answer needs a little care.")
 
 
 # ──────────────────────────────────────────────── The whole preparation ───────────────────────────────────────────────
@@ -73,13 +75,14 @@ def prepare(folder, seed):
     same machine gives the same bytes and weights. Raises data.InputError when `folder` holds something else.
     """
     folder = Path(folder)
-    stamp = hashlib.sha256(Path(__file__).read_bytes() + str(seed).encode()).hexdigest()
+    sources = [Path(module.__file__).read_bytes() for module in (sys.modules[__name__], data, model)]
+    stamp = hashlib.sha256(b"".join([*sources, f"{seed} {torch.__version__}".encode()])).hexdigest()
     if folder.exists():
         if not (folder / "stamp").is_file():
             raise data.InputError(f"{folder}: exists and was not written by toy.py; name another folder or remove it")
         if (folder / "stamp").read_text() == stamp:
             return folder
-    building = folder.with_name(f".{folder.name}.{os.getpid()}")
+    building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
     rows = write_world(building, seed)
     rng = np.random.default_rng([seed, len(SPLITS)])
@@ -88,7 +91,7 @@ def prepare(folder, seed):
                                  f"{demonstration(row, rng)}" for question, row in zip(questions["train"], rows["train"])])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        policy = make_policy(build_model(tokenizer), tokenizer, WhisperFeatureExtractor(feature_size=128))
+        policy = model.make_policy(build_model(tokenizer), tokenizer, WhisperFeatureExtractor(feature_size=128))
         prompts = {split: [policy.encode(q) for q in tqdm(questions[split], desc="toy: features", leave=False)]
                    for split in questions}
         train_ears(policy, prompts["train"], rows["train"], rng)
@@ -269,12 +272,12 @@ def build_model(tokenizer):
         video_token_id=token("<|video_pad|>"), vision_start_token_id=token("<|vision_start|>"),
         vision_end_token_id=token("<|vision_end|>"), initializer_range=0.05,
         eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
-    model = Qwen3OmniMoeThinkerForConditionalGeneration(config)
-    for module in model.model.audio_tower.modules():  # 0.02 leaves the convolutions tiny beside the positions
+    tiny = Qwen3OmniMoeThinkerForConditionalGeneration(config)
+    for module in tiny.model.audio_tower.modules():  # 0.02 leaves the convolutions tiny beside the positions
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
             module.reset_parameters()
-    model.generation_config.update(eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
-    return model
+    tiny.generation_config.update(eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
+    return tiny
 
 
 # ───────────────────────────────────────────────────── The warm start ─────────────────────────────────────────────────
@@ -372,5 +375,5 @@ def completion_loss(policy, prompts, demonstrations, late_weight, conclusion_wei
 def greedy_accuracy(policy, prompts):
     """Share of the prompts whose greedy completion ends in the answer."""
     completions = sample(policy, prompts, 1, temperature=0, max_new_tokens=MAX_NEW_TOKENS, seed=0)
-    texts = [policy.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
-    return float(np.mean([t.partition("</think>")[2].strip() == p.question.answer for t, p in zip(texts, prompts)]))
+    return float(np.mean([accuracy_reward(policy.text(c), p.question.answer, p.question.choices)
+                          for c, p in zip(completions, prompts)]))

@@ -34,7 +34,7 @@ from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
 from data import InputError, read_avqa, read_questions
-from mapo import MapoConfig, audio_attention_mass, differential_entropy, group_advantages, mapo_loss
+from mapo import (MapoConfig, audio_attention_mass, described, differential_entropy, group_advantages, mapo_loss)
 from model import add_lora, check_policy, load_policy
 from pos_gate import load_tagger, pos_gate_batch
 from rewards import (CheckerError, accuracy_reward, consistency_rewards, format_reward, rule_consistency_rewards,
@@ -42,73 +42,73 @@ from rewards import (CheckerError, accuracy_reward, consistency_rewards, format_
 from rollout import sample
 
 
-def _value(default, help):
-    return field(default=default, metadata={"help": help})
-
-
 @dataclass(frozen=True)
 class TrainConfig(MapoConfig):
     """Everything a run is told. The fields of the equations come from MapoConfig; the rest is here. The defaults are the
     paper's Table 5 where it has the value; (release) is the authors' code, (ours) a decision of this project."""
 
-    model: str = _value("", "folder of the checkpoint that starts π_θ, or `toy` for the embedded default (paper: "
+    model: str = described("", "folder of the checkpoint that starts π_θ, or `toy` for the embedded default (paper: "
                             "Qwen3-Omni-30B-A3B-Thinking)")
-    data: str = _value("", "jsonl file of training questions, see data.py (paper: AVQA, then a 29k mixture)")
-    data_format: str = _value("jsonl", "rows of data: `jsonl`, our own, or `avqa`, AVQA as R1-AQA writes it (ours)")
-    instruction: str = _value("", "text after the options in the prompt, for models told their format (ours; Appendix G)")
-    eval_data: str = _value("", "jsonl file for greedy accuracy before and after training; empty is none (ours)")
-    output_dir: str = _value("runs/run", "folder for everything a run writes (ours)")
-    seed: int = _value(0, "seed of the data order, the sampling and new weights (ours)")
-    max_steps: int = _value(800, "optimizer steps (release)")
-    learning_rate: float = _value(1e-6, "peak learning rate of AdamW (release)")
-    warmup_ratio: float = _value(0.05, "share of the steps in the linear warm-up; cosine to 0 follows (release)")
-    adam_beta1: float = _value(0.9, "AdamW β1 (release)")
-    adam_beta2: float = _value(0.95, "AdamW β2 (release)")
-    weight_decay: float = _value(0.1, "AdamW weight decay, on matrices alone (release)")
-    max_grad_norm: float = _value(1.0, "gradient-norm clip (release)")
-    generation_batch_size: int = _value(768, "completions per generation batch (paper, Table 5)")
-    steps_per_generation: int = _value(4, "optimizer steps per generation batch (paper, Table 5)")
-    micro_batch_size: int = _value(8, "completions per forward and backward; changes memory, not the gradient (ours)")
-    temperature: float = _value(1.2, "sampling temperature; π_θ, π_ref and π_text-ref are taken at it (paper, Table 5)")
-    top_k: int = _value(50, "top-k of the sampler; 0 is off (paper, Table 5)")
-    top_p: float = _value(0.99, "top-p of the sampler (paper, Table 5)")
-    repetition_penalty: float = _value(1.0, "repetition penalty of the sampler (paper, Table 5)")
-    max_new_tokens: int = _value(1200, "longest completion, tokens (release)")
-    mask_truncated: bool = _value(False, "leave completions cut at max_new_tokens out of every mean (ours; release: on)")
+    data: str = described("", "jsonl file of training questions, see data.py (paper: AVQA, then a 29k mixture)")
+    data_format: str = described("jsonl", "rows of data: `jsonl`, our own, or `avqa`, AVQA as R1-AQA writes it (ours)")
+    instruction: str = described("", "text after the options in the prompt, for models told their format (ours; Appendix G)")
+    audio_root: str = described("", "folder that the audio paths of avqa rows start from; empty is the file's own (ours)")
+    eval_data: str = described("", "jsonl file for greedy accuracy before and after training; empty is none (ours)")
+    output_dir: str = described("runs/run", "folder for everything a run writes (ours)")
+    seed: int = described(0, "seed of the data order, the sampling and new weights (ours)")
+    max_steps: int = described(800, "optimizer steps (release)")
+    learning_rate: float = described(1e-6, "peak learning rate of AdamW (release)")
+    warmup_ratio: float = described(0.05, "share of the steps in the linear warm-up from 0, cosine to 0 follows (release)")
+    adam_beta1: float = described(0.9, "AdamW β1 (release)")
+    adam_beta2: float = described(0.95, "AdamW β2 (release)")
+    weight_decay: float = described(0.1, "AdamW weight decay, on matrices alone (release)")
+    max_grad_norm: float = described(1.0, "gradient-norm clip (release)")
+    generation_batch_size: int = described(768, "completions per generation batch (paper, Table 5)")
+    steps_per_generation: int = described(4, "optimizer steps per generation batch (paper, Table 5)")
+    micro_batch_size: int = described(8, "completions per forward and backward; changes memory, not the gradient (ours)")
+    temperature: float = described(1.2, "sampling temperature; π_θ, π_ref and π_text-ref are taken at it (paper, Table 5)")
+    top_k: int = described(50, "top-k of the sampler; 0 is off (paper, Table 5)")
+    top_p: float = described(0.99, "top-p of the sampler (paper, Table 5)")
+    repetition_penalty: float = described(1.0, "repetition penalty of the sampler (paper, Table 5)")
+    max_new_tokens: int = described(1200, "longest completion, tokens (release)")
+    mask_truncated: bool = described(False, "leave completions cut at max_new_tokens out of every mean (ours; release: on)")
     target_layers: list[int] = field(default_factory=lambda: [43, 44, 45, 46, 47], metadata={
         "help": "L_tgt, decoder layers of a_t, 0-based (paper, Table 5)"})
-    mass_interval: int = _value(10, "with eta 0, measure a_t (no gradient) every this many steps (ours)")
+    mass_interval: int = described(10, "with eta 0, measure a_t (no gradient) every this many steps (ours)")
     reward_weights: list[float] = field(default_factory=lambda: [2.0, 1.0, 1.0], metadata={
         "help": "λ_acc λ_format λ_cons of Eq. 6 (paper)"})
-    format_style: str = _value("think", "`think`: <think>…</think> answer; `reasoning`: <reasoning>…</reasoning>"
+    format_style: str = described("think", "`think`: <think>…</think> answer; `reasoning`: <reasoning>…</reasoning>"
                                         "<answer>…</answer> (paper, Appendix G)")
-    checker: str = _value("", "base URL of the OpenAI-compatible server of the consistency checker, or `rule` for the "
-                              "toy's rule (paper: vLLM)")
-    checker_model: str = _value("Qwen3-30B-A3B-Instruct", "model name asked of the checker (paper)")
-    lora_rank: int = _value(0, "LoRA rank; 0 trains all parameters of the decoder (release: 128)")
-    lora_alpha: int = _value(512, "LoRA α (release)")
-    freeze_audio_tower: bool = _value(True, "keep the audio encoder as it is (ours)")
-    gradient_checkpointing: bool = _value(True, "recompute activations in the backward pass (ours)")
-    rollout: str = _value("local", "where completions are sampled: `local`, in this process (ours)")
-    report_to: str = _value("none", "`tensorboard` or `wandb` through accelerate's trackers, or `none` (ours)")
+    checker: str = described("", "base URL of the OpenAI-compatible server of the consistency checker, or `rule` for the "
+                              "toy's rule; its key, if any, in CHECKER_API_KEY (paper: vLLM)")
+    checker_model: str = described("Qwen3-30B-A3B-Instruct", "model name asked of the checker (paper)")
+    lora_rank: int = described(0, "LoRA rank; 0 trains all parameters of the decoder (release: 128)")
+    lora_alpha: int = described(512, "LoRA α (release)")
+    freeze_audio_tower: bool = described(True, "keep the audio encoder and its projection as they are (ours)")
+    gradient_checkpointing: bool = described(True, "recompute activations in the backward pass (ours)")
+    rollout: str = described("local", "where completions are sampled: `local`, in this process (ours)")
+    report_to: str = described("none", "`tensorboard` or `wandb` through accelerate's trackers, or `none` (ours)")
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("max_steps", "generation_batch_size", "steps_per_generation", "micro_batch_size", "max_new_tokens",
-                     "learning_rate", "temperature", "mass_interval", "max_grad_norm"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} is {getattr(self, name)}: it must be above 0")
-        if not 0 < self.top_p <= 1 or self.top_k < 0 or self.lora_rank < 0 or not 0 <= self.warmup_ratio < 1:
-            raise ValueError("top_p must be in (0, 1], top_k and lora_rank at least 0, warmup_ratio in [0, 1): got "
-                             f"{self.top_p}, {self.top_k}, {self.lora_rank}, {self.warmup_ratio}")
+                     "learning_rate", "temperature", "mass_interval", "max_grad_norm", "repetition_penalty", "lora_alpha"):
+            self._check(name, self._number(name) > 0, "a finite number above 0")
+        for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
+            self._check(name, 0 <= self._number(name) < 1, "at least 0 and under 1")
+        for name in ("top_k", "lora_rank", "weight_decay"):
+            self._check(name, self._number(name) >= 0, "at least 0")
+        self._check("top_p", 0 < self._number("top_p") <= 1, "above 0 and at most 1")
+        self._check("seed", 0 <= self.seed < 2**31, "from 0 to 2³¹ − 1")
+        self._check("output_dir", bool(self.output_dir), "a folder")
+        self._check("reward_weights", len(self.reward_weights) == 3 and all(map(math.isfinite, self.reward_weights)),
+                    "three finite numbers, λ_acc λ_format λ_cons")
         if self.generation_batch_size % self.group_size:
             raise ValueError(f"generation_batch_size {self.generation_batch_size} is no multiple of group_size "
                              f"{self.group_size}")
         if self.generation_batch_size % self.steps_per_generation:
             raise ValueError(f"generation_batch_size {self.generation_batch_size} is no multiple of steps_per_generation "
                              f"{self.steps_per_generation}")
-        if len(self.reward_weights) != 3:
-            raise ValueError(f"reward_weights holds {len(self.reward_weights)} numbers: give three, λ_acc λ_format λ_cons")
         for name, allowed in (("data_format", ("jsonl", "avqa")),
                               ("format_style", ("think", "reasoning")), ("rollout", ("local",)),
                               ("report_to", ("none", "tensorboard", "wandb"))):
@@ -170,7 +170,7 @@ class GenerationBatch:
     rewards: dict = None  # name → [N]: accuracy, format, consistency, total (Eq. 6)
     advantages: torch.Tensor = None  # [N]
     pos_gates: list = None  # [N] of [T] 0/1
-    pos_fallbacks: int = 0
+    pos_fallbacks: list = None  # [N] 0/1: did the gate fall back to all ones?
     old_logp: list = None  # [N] of [T], π_old = π_θ at the start of the iteration
     ref_logp: list = None  # [N] of [T]
     text_ref_entropy: list = None  # [N] of [T], or None in plain GRPO
@@ -179,12 +179,11 @@ class GenerationBatch:
 def draw(questions, iteration, config):
     """Line 2: the questions x = (x_text, x_audio) of an iteration. Epoch e is the e-th permutation of the data; a position
     in the run fixes the question, so that nothing needs to be remembered."""
-    count, drawn = config.generation_batch_size // config.group_size, []
-    for position in range(iteration * count, (iteration + 1) * count):
-        epoch, place = divmod(position, len(questions))
-        order = torch.randperm(len(questions), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
-        drawn.append(questions[order[place]])
-    return drawn
+    count = config.generation_batch_size // config.group_size
+    places = [divmod(p, len(questions)) for p in range(iteration * count, (iteration + 1) * count)]  # (epoch, place)
+    orders = {epoch: torch.randperm(len(questions), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+              for epoch in {epoch for epoch, _ in places}}
+    return [questions[orders[epoch][place]] for epoch, place in places]
 
 
 def generate(policy, questions, config, iteration):
@@ -198,8 +197,7 @@ def generate(policy, questions, config, iteration):
 
 def score(batch, policy, config):
     """Line 4: r = λ_acc r_acc + λ_format r_format + λ_cons r_cons (Eq. 6), Â (Sec. 2); and the POS gates (Appendix E)."""
-    tokenizer = policy.tokenizer
-    batch.texts = [tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in batch.completions]
+    batch.texts = [policy.text(c) for c in batch.completions]
     style = config.format_style
     accuracy = [accuracy_reward(text, p.question.answer, p.question.choices, style)
                 for text, p in zip(batch.texts, batch.prompts)]
@@ -209,7 +207,8 @@ def score(batch, policy, config):
     batch.rewards = {"accuracy": torch.tensor(accuracy), "format": torch.tensor(form),
                      "consistency": torch.tensor(consistency), "total": torch.tensor(total)}
     batch.advantages = group_advantages(batch.rewards["total"], config.group_size, config.advantage_eps)
-    batch.pos_gates, batch.pos_fallbacks = pos_gate_batch([c.token_ids for c in batch.completions], tokenizer)
+    gated = [pos_gate_batch([c.token_ids], policy.tokenizer) for c in batch.completions]
+    batch.pos_gates, batch.pos_fallbacks = [gates[0] for gates, _ in gated], [count for _, count in gated]
 
 
 def think_is_prefilled(policy, prompt):
@@ -218,11 +217,12 @@ def think_is_prefilled(policy, prompt):
 
 
 def check_consistency(texts, config):
-    if config.reward_weights[2] == 0:
+    if config.reward_weights[2] == 0:  # nobody is asked; the metrics say null
         return [0.0] * len(texts)
     if config.checker == "rule":
         return rule_consistency_rewards(texts, format_style=config.format_style)
-    return consistency_rewards(texts, url=config.checker, model=config.checker_model, format_style=config.format_style)
+    return consistency_rewards(texts, url=config.checker, model=config.checker_model, format_style=config.format_style,
+                               api_key=os.environ.get("CHECKER_API_KEY"))
 
 
 @torch.no_grad()
@@ -254,35 +254,37 @@ def update(policy, optimizer, batch, rows, config, measure):
     """
     policy.train(config.gradient_checkpointing)  # transformers recomputes activations in training mode alone
     optimizer.zero_grad(set_to_none=True)
-    counted_rows = sum(counted(batch, i, config) for i in rows)
+    counted = {i: not (config.mask_truncated and batch.completions[i].finish_reason == "length") for i in rows}
     totals, per_token = defaultdict(lambda: [0.0, 0.0]), {"delta_h": [], "audio_mass": []}
     for micro in micro_batches(rows, config.micro_batch_size):
         inputs = collate(policy, batch, micro)
         now = policy(inputs, config.temperature, config.target_layers if measure else ())
         token_mask = inputs.completion_mask.to(policy.device)  # [B, T]
-        loss_mask = token_mask & torch.tensor([counted(batch, i, config) for i in micro], device=policy.device)[:, None]
+        loss_mask = token_mask & torch.tensor([counted[i] for i in micro], device=policy.device)[:, None]
+        advantages = batch.advantages[list(micro)].to(policy.device)
         mass = None if now.head_mass is None else audio_attention_mass(now.head_mass)  # line 7: a_t
         old_logp = pad([batch.old_logp[i] for i in micro], policy)
         text_ref_entropy = pad([batch.text_ref_entropy[i] for i in micro], policy) if batch.text_ref_entropy else None
         parts = mapo_loss(
             logp=now.logp, old_logp=old_logp, ref_logp=pad([batch.ref_logp[i] for i in micro], policy),
-            advantages=batch.advantages[list(micro)].to(policy.device), mask=loss_mask, config=config,
+            advantages=advantages, mask=loss_mask, config=config,
             policy_entropy=now.entropy,  # live: Δh is that of this update (line 6)
             text_ref_entropy=text_ref_entropy, audio_mass=mass,
             pos_gate=pad([torch.tensor(batch.pos_gates[i]) for i in micro], policy),
             accuracy_reward=batch.rewards["accuracy"][list(micro)].to(policy.device))  # lines 8–11
-        share = sum(counted(batch, i, config) for i in micro) / max(1, counted_rows)
+        share = sum(counted[i] for i in micro) / max(1, sum(counted.values()))
         if not torch.isfinite(parts["loss"]):
             ids = [batch.prompts[i].question.id for i in micro]
             raise FloatingPointError(f"the loss is {parts['loss'].item()} on the completions of {ids}")
         (parts["loss"] * share).backward()
-        collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, token_mask, loss_mask, share, config)
+        collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, advantages, token_mask, loss_mask, share,
+                config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=True)
     optimizer.step()  # line 12
     metrics = dict.fromkeys(("text_ref_entropy", "delta_h_abs", *MASS_METRICS))  # null where nothing was measured
     metrics |= {name: value / weight if weight else None for name, (value, weight) in totals.items()}
-    return {**metrics, **batch_metrics(batch, rows), "grad_norm": grad_norm.item()}, per_token
+    return {**metrics, **batch_metrics(batch, rows, config), "grad_norm": grad_norm.item()}, per_token
 
 
 # ──────────────────────────────────────────────── Batches of ragged completions ───────────────────────────────────────
@@ -301,11 +303,6 @@ def lengths(batch, rows):
     return [len(batch.completions[i].token_ids) for i in rows]
 
 
-def counted(batch, row, config):
-    """Does the completion stand in the means of the loss? All do, unless mask_truncated takes the unfinished ones out."""
-    return not (config.mask_truncated and batch.completions[row].finish_reason == "length")
-
-
 def pad(rows, policy):
     """List of [T_i] → [B, max T_i] on the policy's device, 0 on the right."""
     return pad_sequence(rows, batch_first=True).to(policy.device)
@@ -318,7 +315,8 @@ MASS_METRICS = ("audio_mass_max", "audio_mass_max_late", "audio_mass_mean", "aud
 
 
 @torch.no_grad()
-def collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, token_mask, loss_mask, share, config):
+def collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, advantages, token_mask, loss_mask, share,
+            config):
     """Adds a micro-batch to the step's metrics: totals[name] = [Σ value·weight, Σ weight].
 
     Losses are weighted as in the gradient. The rest are means over tokens: of ρ and ω̃ over those that the loss counts
@@ -332,9 +330,9 @@ def collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, tok
         totals[name][0] += parts[name].item() * share
         totals[name][1] = 1.0
     position = torch.arange(1, token_mask.shape[1] + 1, device=token_mask.device)
-    late = token_mask & (position > token_mask.sum(dim=1, keepdim=True) * 2 / 3)
-    ratio = (now.logp - old_logp).exp()
-    add("clip_fraction", ((ratio - 1).abs() > config.clip_ratio).float(), loss_mask)
+    late = token_mask & ((position - 1) * 3 >= 2 * token_mask.sum(dim=1, keepdim=True))
+    ratio, sign = (now.logp - old_logp).exp(), advantages.sign()[:, None]
+    add("clip_fraction", ((ratio - 1) * sign > config.clip_ratio).float(), loss_mask)  # the clip holds the gradient back
     add("policy_entropy", now.entropy, token_mask)  # H_policy
     delta_h = None
     if text_ref_entropy is not None:
@@ -354,21 +352,26 @@ def collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, tok
             per_token[name].append(None if values is None else values[row, :length].tolist())
 
 
-def batch_metrics(batch, rows):
-    """Rewards by kind, lengths and the POS gate of a step's completions; the sampler's distance from π_old."""
+def batch_metrics(batch, rows, config):
+    """Rewards by kind, lengths and the POS gate of a step's completions; the sampler's distance from π_old, a mean over
+    tokens, where the two are the same distribution: top-k, top-p and the repetition penalty make the sampler's another."""
     rows = list(rows)
-    tokens = lengths(batch, rows)
-    gap = [(torch.tensor(batch.completions[i].logps) - batch.old_logp[i].cpu()).abs().mean().item() for i in rows]
+    tokens, gap = lengths(batch, rows), None
+    if config.top_k == 0 and config.top_p == 1 and config.repetition_penalty == 1:
+        sampled = torch.tensor([logp for i in rows for logp in batch.completions[i].logps])
+        gap = (sampled - torch.cat([batch.old_logp[i] for i in rows]).cpu()).abs().mean().item()
     mean = {f"reward_{name}": values[rows].mean().item() for name, values in batch.rewards.items() if name != "total"}
+    if config.reward_weights[2] == 0:
+        mean["reward_consistency"] = None
     return {"reward": batch.rewards["total"][rows].mean().item(), **mean,
-            "reward_std": batch.rewards["total"][rows].std().item(),
+            "reward_std": batch.rewards["total"][rows].std(unbiased=False).item(),
             "accuracy": mean["reward_accuracy"],
             "zero_advantage": (batch.advantages[rows].abs() < 1e-6).float().mean().item(),
             "completion_length": sum(tokens) / len(tokens),
             "truncated": sum(batch.completions[i].finish_reason == "length" for i in rows) / len(rows),
             "pos_coverage": sum(sum(batch.pos_gates[i]) for i in rows) / sum(tokens),
-            "pos_fallbacks": batch.pos_fallbacks,  # of the whole generation batch
-            "sampler_gap": sum(gap) / len(gap)}
+            "pos_fallbacks": sum(batch.pos_fallbacks[i] for i in rows),
+            "sampler_gap": gap}
 
 
 def completion_record(batch, row, step, delta_h, audio_mass):
@@ -406,9 +409,9 @@ def open_log(config):
             if tracker and name == "metrics.jsonl":
                 tracker.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
 
+        if tracker:
+            files.callback(tracker.end_training)
         yield log
-    if tracker:
-        tracker.end_training()
 
 
 @contextlib.contextmanager
@@ -423,7 +426,7 @@ def evaluate(policy, questions, config):
     prompts = [policy.encode(q, config.instruction) for q in questions]
     completions = sample(policy, prompts, 1, temperature=0, seed=0, repetition_penalty=config.repetition_penalty,
                          max_new_tokens=config.max_new_tokens, progress=True)
-    texts = [policy.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
+    texts = [policy.text(c) for c in completions]
     accuracy = [accuracy_reward(t, q.answer, q.choices, config.format_style) for t, q in zip(texts, questions)]
     form = [format_reward(t, config.format_style, think_is_prefilled(policy, p)) for t, p in zip(texts, prompts)]
     n = len(questions)
@@ -494,23 +497,30 @@ def open_inputs(config):
         raise InputError(f"checker is {config.checker!r}: give the URL of the consistency checker, `rule`, or λ_cons 0")
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise InputError(f"report_to is {config.report_to}, which is not installed: pip install {config.report_to}")
-    if Path(config.output_dir).exists() and not Path(config.output_dir).is_dir():
-        raise InputError(f"output_dir {config.output_dir} is a file; give a folder")
-    try:
-        load_tagger()
-    except LookupError as error:
-        raise InputError(str(error)) from error
-    questions = read_avqa(config.data) if config.data_format == "avqa" else read_questions(config.data)
+    output_dir = Path(config.output_dir).resolve()
+    existing = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
+    if not existing.is_dir():
+        raise InputError(f"output_dir {config.output_dir}: {existing} is a file; give a folder")
+    if output_dir in (Path(config.model).resolve(), *Path(config.model).resolve().parents):
+        raise InputError(f"output_dir {config.output_dir} holds the model that this run starts from; give another folder")
+    if config.reward_weights[2] != 0 and config.checker != "rule":
+        probe = {"think": "<think>2 is even.</think>even",
+                 "reasoning": "<reasoning>2 is even.</reasoning><answer>even</answer>"}[config.format_style]
+        try:
+            check_consistency([probe], config)
+        except CheckerError as error:
+            raise InputError(f"checker: {error}") from error
+    questions = read_avqa(config.data, config.audio_root) if config.data_format == "avqa" else read_questions(config.data)
     eval_questions = read_questions(config.eval_data) if config.eval_data else []
     torch.manual_seed(config.seed)
     policy = load_policy(config.model)
-    check_policy(policy, questions[0], config.target_layers)
+    check_policy(policy, [*questions, *eval_questions], config.target_layers)
     policy.requires_grad_(False)
     if config.lora_rank:
         add_lora(policy, config.lora_rank, config.lora_alpha)
     else:
         policy.base.requires_grad_(True)
-        for name in ("visual", "audio_tower"):  # the vision tower has no part in the forward
+        for name in ("visual", "audio_tower", "multi_modal_projector"):  # the vision tower has no part in the forward
             if hasattr(policy.base.model, name) and (name == "visual" or config.freeze_audio_tower):
                 getattr(policy.base.model, name).requires_grad_(False)
     if config.gradient_checkpointing:
@@ -548,16 +558,18 @@ def read_config(arguments):
                               description=__doc__.split("\n")[0])
 
     def refuse(message):
-        raise InputError(f"train.py: {message}; see python train.py --help")
+        raise InputError(f"{message}; see python train.py --help")
 
     parser.error = refuse
     flags = []
     if arguments and not arguments[0].startswith("-"):
         recipe, arguments = Path(arguments[0]), arguments[1:]
         flags = [flag for name, value in read_recipe(recipe).items()
-                 for flag in (f"--{name}", *map(str, value if isinstance(value, list) else [value]))]
+                 for flag in ((f"--{name}", *map(str, value)) if isinstance(value, list) else (f"--{name}={value}",))]
     try:
         return parser.parse_args_into_dataclasses([*flags, *arguments], look_for_args_file=False)[0]
+    except InputError:
+        raise
     except ValueError as error:
         raise InputError(f"config: {error}") from error
 
@@ -568,7 +580,7 @@ def read_recipe(path):
         raise InputError(f"{path}: no such recipe; see recipes/")
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"{path}: not valid yaml ({' '.join(str(error).split())})") from error
     known = {f.name for f in dataclasses.fields(TrainConfig)}
     if not isinstance(recipe, dict):
@@ -576,17 +588,26 @@ def read_recipe(path):
     unknown = [key for key in recipe if key not in known]
     if unknown:
         raise InputError(f"{path}: unknown field {unknown[0]!r}; python train.py --help lists the fields")
+    empty = [key for key, value in recipe.items() if value is None]
+    if empty:
+        raise InputError(f"{path}: field {empty[0]!r} has no value; give one or remove the line")
     return recipe
 
 
 def main(arguments):
     transformers_logging.disable_progress_bar()  # its bars for loading and saving would break ours
+    transformers_logging.set_verbosity_error()  # its reports on a broken checkpoint run over many lines
     try:
         config = read_config(arguments)
+        try:
+            load_tagger()
+        except LookupError as error:
+            raise InputError(str(error)) from error
         if config.model == "toy":  # the embedded default: a folder of its own, with model and questions
             from toy import prepare
             world = prepare(Path(config.output_dir).parent / f"toy-world-{config.seed}", config.seed)
-            config = dataclasses.replace(config, model=str(world / "model"), data=str(world / "train.jsonl"),
+            config = dataclasses.replace(config, model=str(world / "model"),
+                                         data=str(world / "train.jsonl") if config.data in ("", "toy") else config.data,
                                          eval_data=config.eval_data or str(world / "test.jsonl"))
         train(config)
     except InputError as error:

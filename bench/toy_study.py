@@ -1,6 +1,6 @@
 """What the toy shows, and what it does not: several arms from the same warm start, over seeds.
 
-    python bench/toy_study.py                 # 3 seeds × 5 arms; about 35 minutes on 2 cores
+    python bench/toy_study.py                 # 3 seeds × 4 arms; about 40 minutes on 2 cores
     python bench/toy_study.py --report        # the table and the pictures again, from the runs on disk
 
 Every arm is `python train.py recipes/toy.yaml` with other flags. Then, for each seed:
@@ -96,8 +96,7 @@ def measure_seed(out, seed):
         run = folder_of(out, seed, "GRPO" if arm == "warm start" else arm)  # every arm evaluates the warm start first
         evaluations = [json.loads(line) for line in open(run / "evaluation.jsonl")]
         completions = sample(policy, test_prompts, 1, temperature=0, max_new_tokens=64, seed=0)
-        texts = [policy.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in completions]
-        exact = [caption_is_exact(t, truth[q.id]) for t, q in zip(texts, test)]
+        exact = [caption_is_exact(policy.text(c), truth[q.id]) for c, q in zip(completions, test)]
         results[arm] = {**evaluations[0 if arm == "warm start" else -1], "caption": sum(exact) / len(exact),
                         **mass_on_text(policy, prompts, text)}
     return results

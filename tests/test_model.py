@@ -646,7 +646,7 @@ def test_check_policy_target_layers(one_tiny):
     policy, questions = one_tiny
     for layers, part in (((0, 3), "3 is out of range; the model has layers 0 to 2"), ((-1,), "-1 is out of range"),
                          ((), "at least one"), ((1, 1), "each once")):
-        assert part in error_of(module.check_policy, policy, questions[0], layers)
+        assert part in error_of(module.check_policy, policy, questions, layers)
 
 
 @pytest.mark.parametrize("kind", ["qwen3_omni", "qwen2_5_omni", "qwen2_audio"])
@@ -654,16 +654,16 @@ def test_check_policy_accepts_every_family(kind, tmp_path):
     """A sound model and question pass the door, one clip or two."""
     policy = getattr(tiny, kind)()
     for question in tiny.questions(tmp_path):
-        module.check_policy(policy, question, (0, 2))
+        module.check_policy(policy, [question], (0, 2))
 
 
 def test_check_policy_counts_audio_tokens(one_tiny, tmp_path):
     """An encoder that makes another number of tokens than the formula (here: windows of 2 s) is refused."""
     policy, question = one_tiny[0], tiny.questions(tmp_path, seconds=((0.3, 2.5),), seed=9)[0]
     policy.base.model.audio_tower.n_window = 20
-    assert "no tokens" in error_of(module.check_policy, policy, question, (0,))
+    assert "no tokens" in error_of(module.check_policy, policy, [question], (0,))
     policy.base.model.audio_tower.n_window = 100
-    message = error_of(module.check_policy, policy, question, (0,))
+    message = error_of(module.check_policy, policy, [question], (0,))
     assert all(part in message for part in ("question q0", "33 tokens", "46 placeholders", "n_window"))
 
 

@@ -9,10 +9,10 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 
 def table():
-    """Rows (paper, code names, test names) of the section "Paper ↔ code ↔ test"."""
+    """Rows (paper cell, code cell, names in it, test names) of the section "Paper ↔ code ↔ test"."""
     section = README.split("## Paper ↔ code ↔ test")[1].split("\n## ")[0]
     rows = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in section.splitlines() if line.startswith("| ")]
-    return [(cells[0].strip(), re.findall(r"`(\w+\.[\w.]+)`", cells[1]), re.findall(r"`(\w+\.\w+)`", cells[2]))
+    return [(cells[0].strip(), cells[1].strip(), re.findall(r"`(\w+\.[\w.]+)`", cells[1]), re.findall(r"`(\w+\.\w+)`", cells[2]))
             for cells in rows if cells[0].strip() != "paper"]
 
 
@@ -31,20 +31,20 @@ def test_every_name_exists():
     """Each function stands in the module that the table says, each test in its file."""
     rows = table()
     assert len(rows) > 30
-    for paper, code, tests in rows:
+    for paper, cell, code, tests in rows:
         for name in code:
             module, _, rest = name.partition(".")
             assert rest in names_in(ROOT / f"{module}.py"), (paper, name)
         for name in tests:
             module, _, rest = name.partition(".")
             assert rest in names_in(ROOT / "tests" / f"{module}.py"), (paper, name)
-        assert (code and tests) or "not built yet" in README, paper
+        assert (code and tests) or cell == "not built yet", paper
 
 
 def test_every_equation_is_there():
     """Eqs. 1 to 17, the lines of Algorithm 1, Appendices B and E, and every function of mapo.py stand in the table."""
     rows = table()
-    said = " ".join(paper for paper, _, _ in rows)
+    said = " ".join(paper for paper, *_ in rows)
     found = {int(n) for group in re.findall(r"Eqs?\. ([\d, ]+)", said) for n in re.findall(r"\d+", group)} | {
         int(n) for n in re.findall(r"Eq\. (\d+)", said)}
     assert found | {7} == set(range(1, 18))  # Eq. 7 repeats Eq. 5, said in its row
@@ -52,9 +52,15 @@ def test_every_equation_is_there():
     for part in ("Alg. 1, line 2", "Alg. 1, line 3", "Alg. 1, line 4", "Alg. 1, lines 5–12", "Appendix B", "Appendix E",
                  "Table 5"):
         assert part in said
-    named = {name.removeprefix("mapo.") for _, code, _ in rows for name in code if name.startswith("mapo.")}
+    named = {name.removeprefix("mapo.") for _, _, code, _ in rows for name in code if name.startswith("mapo.")}
     public = {name for name in names_in(ROOT / "mapo.py") if "." not in name}
-    assert public - {"_value", "sequence_mean"} <= named
+    assert public - {"described", "sequence_mean"} <= named
+
+
+def test_what_the_toy_shows_is_there():
+    """The section on the toy holds a picture and a table of measured numbers."""
+    section = README.split("## What the toy run shows")[1].split("\n## ")[0]
+    assert "![" in section and re.search(r"\| 0 \| .*\d\.\d{3}", section) and "toy" in section
 
 
 def test_the_files_and_recipes_that_it_names_exist():

@@ -1,11 +1,13 @@
 """train.py: the gradient of an optimizer step, what a run writes, and what it refuses. On a tiny random model."""
 
+import contextlib
 import json
 import math
 import re
 import shutil
 import subprocess
 import sys
+from collections import defaultdict
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -25,6 +27,15 @@ from train import TrainConfig, main, read_config
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True, scope="module")
+def some_reward():
+    """A random model never answers in the right form. So that advantages, losses and gradients are not all zero, the
+    accuracy reward is a function of the text alone."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "accuracy_reward", lambda text, *_: float(len(text) % 2))
+        yield
+
+
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a tiny model and six questions, as a user would bring it."""
@@ -39,7 +50,7 @@ def world(tmp_path_factory):
 def arguments(world, out, *more):
     """Flags of a short run: 4 steps of 8 completions, 2 a generation batch."""
     flags = {"model": world / "model", "data": world / "train.jsonl", "output_dir": out, "max_steps": 4, "group_size": 4,
-             "generation_batch_size": 16, "steps_per_generation": 2, "micro_batch_size": 3, "temperature": 1.0, "top_k": 0,
+             "generation_batch_size": 16, "steps_per_generation": 2, "micro_batch_size": 3, "temperature": 1.2, "top_k": 0,
              "top_p": 1.0, "max_new_tokens": 12, "checker": "rule", "learning_rate": 1e-3,
              "gradient_checkpointing": "false"}
     given = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
@@ -70,7 +81,7 @@ def prepared_batch(world, config):
             p.mul_(1.05)
         for p in policy.parameters():  # after freezing π_old the policy has moved, so that ρ ≠ 1
             p.requires_grad_(False)
-    train.freeze(batch, policy, lambda: train.contextlib.nullcontext(reference), config, train.defaultdict(float))
+    train.freeze(batch, policy, lambda: contextlib.nullcontext(reference), config, defaultdict(float))
     with torch.no_grad():
         for p in policy.parameters():
             p.add_(0.02 * p.abs().mean() * torch.randn_like(p))
@@ -110,9 +121,13 @@ def test_gradient_checkpointing_changes_nothing(world, tmp_path):
     config = read_config(arguments(world, tmp_path, "--eta", "0.5", "--max_grad_norm", "1e9"))
     config = replace(config, steps_per_generation=1)
     policy, batch = prepared_batch(world, config)
+    calls = []
+    policy.base.model.language_model.layers[0].self_attn.q_proj.register_forward_hook(lambda *_: calls.append(1))
     plain, _ = gradient(policy, batch, config)
+    once = len(calls)
     policy.base.activation_checkpointing_enable({"use_reentrant": False})
     again, _ = gradient(policy, batch, replace(config, gradient_checkpointing=True))
+    assert len(calls) == once + 2 * once  # recomputed
     assert (again - plain).norm() / plain.norm() < 1e-6
 
 
@@ -183,6 +198,8 @@ def test_metrics_of_every_step(finished):
         assert all(math.isfinite(v) for v in m.values() if v is not None)
         assert m["loss"] == pytest.approx(m["policy_loss"] + 0.002 * m["kl_loss"] + 0.1 * m["attention_loss"], abs=1e-6)
         assert 0 <= m["audio_mass_mean"] <= m["audio_mass_max"] <= 1
+    assert all(m["grad_norm"] > 1e-3 and m["zero_advantage"] < 1 and m["attention_loss"] > 0 for m in metrics)
+    assert metrics[0]["sampler_gap"] < 0.02  # what banning the placeholders does; another temperature shows as 0.1
     assert metrics[0]["clip_fraction"] == 0 and metrics[0]["kl_loss"] == pytest.approx(0, abs=1e-9)  # π_θ = π_old = π_ref
     assert [m["seconds_generate"] > 0 for m in metrics] == [True, False, True, False]
 
@@ -193,8 +210,50 @@ def test_completions_of_every_step(finished):
     assert len(rows) == 32
     for row in rows:
         assert len(row["delta_h"]) == len(row["audio_mass"]) == len(row["token_ids"]) > 0
+        assert row["reward_accuracy"] == len(row["text"]) % 2
         assert row["reward_total"] == 2 * row["reward_accuracy"] + row["reward_format"] + row["reward_consistency"]
-    assert all(len({row["prompt_id"] for row in rows[i:i + 4]}) == 1 for i in range(0, 32, 4))
+    assert any(row["reward_accuracy"] for row in rows)
+    for group in (rows[i:i + 4] for i in range(0, 32, 4)):
+        assert len({row["prompt_id"] for row in group}) == 1
+        total = [row["reward_total"] for row in group]
+        mean = sum(total) / 4
+        std = math.sqrt(sum((r - mean) ** 2 for r in total) / 3)
+        assert [row["advantage"] for row in group] == pytest.approx([(r - mean) / (std + 0.1) for r in total], abs=1e-5)
+
+
+def test_draw_goes_through_the_data_by_epochs():
+    """Two questions an iteration: each of five stands once in an epoch, the next epoch has another order, and an iteration
+    is the same whether or not the ones before it were drawn."""
+    config = TrainConfig(group_size=4, generation_batch_size=8, seed=3)
+    questions = ["a", "b", "c", "d", "e"]
+    drawn = [q for i in range(5) for q in train.draw(questions, i, config)]
+    assert sorted(drawn[:5]) == sorted(drawn[5:]) == questions and drawn[:5] != drawn[5:]
+    assert train.draw(questions, 3, config) == drawn[6:8]
+    assert [q for i in range(5) for q in train.draw(questions, i, replace(config, seed=4))] != drawn
+
+
+def test_frozen_quantities(world, tmp_path):
+    """π_old is the policy, π_ref the reference, both at the sampling temperature; H(π_text-ref) is the reference's, on the
+    text prompt. Against a forward of each, one completion at a time."""
+    config = replace(read_config(arguments(world, tmp_path)), steps_per_generation=1)
+    policy, reference = model.load_policy(world / "model"), model.load_policy(world / "model")
+    with torch.no_grad():
+        for p in reference.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    batch = train.generate(policy, train.draw(read_questions(world / "train.jsonl"), 0, config), config, 0)
+    train.freeze(batch, policy, lambda: contextlib.nullcontext(reference), config, defaultdict(float))
+    for i in (0, 5, 15):
+        prompt, ids = batch.prompts[i], batch.completions[i].token_ids
+        for ours, theirs, prompt_ids, audio in ((batch.old_logp, policy, prompt.ids, True), (batch.ref_logp, reference, prompt.ids, True),
+                                                (batch.text_ref_entropy, reference, prompt.text_ids, False)):
+            inputs = {} if not audio else {"input_features": torch.stack(prompt.features),
+                                           "feature_attention_mask": torch.ones(1, prompt.frames[0], dtype=torch.long)}
+            with torch.no_grad():
+                logits = theirs.base(input_ids=torch.tensor([prompt_ids + ids]), attention_mask=torch.ones(
+                    1, len(prompt_ids + ids), dtype=torch.long), **inputs).logits[0, len(prompt_ids) - 1:-1]
+            logp = (logits / 1.2).log_softmax(-1)
+            expected = logp[range(len(ids)), ids] if audio else -(logp.exp() * logp).sum(-1)
+            torch.testing.assert_close(ours[i], expected, atol=2e-5, rtol=0)
 
 
 def test_config_and_picture(finished):
@@ -270,9 +329,8 @@ def edited_model(tmp_path, world, **change):
     folder = tmp_path / "model"
     shutil.copytree(world / "model", folder)
     config = json.loads((folder / "config.json").read_text())
+    config["text_config"].update(change.pop("text", {}))
     config.update(change)
-    for key in [k for k, v in config.items() if v == "drop"]:
-        del config[key]
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -288,6 +346,25 @@ def text_model(tmp_path, world):
     folder = tmp_path / "text"
     shutil.copytree(world / "model", folder)
     (folder / "config.json").write_text(json.dumps({"model_type": "qwen2", "architectures": ["Qwen2ForCausalLM"]}))
+    return ["--model", folder]
+
+
+def latin(tmp_path, world):
+    path = tmp_path / "bad.jsonl"
+    path.write_bytes('{"id": "café"}'.encode("latin-1"))
+    return ["--data", path]
+
+
+def cut_flac(tmp_path, world):
+    path = tmp_path / "cut.flac"
+    soundfile.write(path, np.random.default_rng(0).uniform(-0.5, 0.5, 48000), 16000)
+    path.write_bytes(path.read_bytes()[:20000])
+    return bad(tmp_path, world, audio=str(path))
+
+
+def no_weights(tmp_path, world):
+    folder = edited_model(tmp_path, world)
+    (folder / "model.safetensors").unlink()
     return ["--model", folder]
 
 
@@ -321,14 +398,28 @@ BAD_INPUT = {
     "steps do not divide": (lambda t, w: ["--steps_per_generation", "3"], "no multiple of steps_per_generation 3"),
     "unknown flag": (lambda t, w: ["--etta", "1"], "etta"),
     "a word for a number": (lambda t, w: ["--eta", "much"], "eta.*much"),
+    "choices that differ by a space": (lambda t, w: bad(t, w, choices=["a dog", "a dog ", "a cat"]), "holds an option twice"),
+    "not UTF-8": (latin, "bad.jsonl:1: not UTF-8"),
+    "a placeholder in a question": (lambda t, w: bad(t, w, question="What is <|audio_pad|>?"), "question q1: its text holds"),
+    "a cut flac": (cut_flac, "bad.jsonl:2: .*cut.flac cannot be read"),
+    "a tensor of another shape": (lambda t, w: ["--model", edited_model(t, w, text=dict(hidden_size=16))], "cannot be loaded"),
+    "weights missing": (no_weights, "model: cannot be loaded"),
+    "output_dir under a file": (lambda t, w: ["--output_dir", w / "train.jsonl" / "out"], "train.jsonl is a file"),
+    "output_dir holds the model": (lambda t, w: ["--output_dir", w], "holds the model that this run starts from"),
+    "learning rate of inf": (lambda t, w: ["--learning_rate", "inf"], "learning_rate is inf"),
+    "negative decay": (lambda t, w: ["--weight_decay", "-1"], "weight_decay is -1.0"),
+    "reward weights": (lambda t, w: ["--reward_weights", "1", "nan", "1"], "reward_weights is"),
+    "seed": (lambda t, w: ["--seed", "-1"], "seed is -1"),
+    "checker down": (lambda t, w: ["--checker", "http://127.0.0.1:9/v1"], "checker: the checker at http://127.0.0.1:9"),
     "no tracker": (lambda t, w: ["--report_to", "wandb"], "report_to is wandb, which is not installed"),
     "no checker": (lambda t, w: ["--checker", ""], "checker is ''"),
 }
 
 
 @pytest.mark.parametrize("make, message", BAD_INPUT.values(), ids=BAD_INPUT)
-def test_bad_input(world, tmp_path, capsys, make, message):
+def test_bad_input(world, tmp_path, capsys, monkeypatch, make, message):
     """One line on stderr that names file, line or field and the mend; exit code 2; nothing written."""
+    monkeypatch.setattr("rewards.FIRST_WAIT", 0.01)
     out = tmp_path / "out"
     assert main(arguments(world, out, *make(tmp_path, world))) == 2
     error = capsys.readouterr().err.strip()
@@ -337,7 +428,8 @@ def test_bad_input(world, tmp_path, capsys, make, message):
 
 
 @pytest.mark.parametrize("text, message", [("etta: 1\n", "bad.yaml: unknown field 'etta'"), ("- 1\n", "bad.yaml: a list"),
-                                           ("eta: [1\n", "bad.yaml: not valid yaml")])
+                                           ("eta: [1\n", "bad.yaml: not valid yaml"),
+                                           ("eta:\n", "bad.yaml: field 'eta' has no value")])
 def test_bad_recipe(world, tmp_path, capsys, text, message):
     """A recipe with an unknown key, or no mapping, or no yaml."""
     assert main([str(recipe(tmp_path, text)), *arguments(world, tmp_path / "out")]) == 2
@@ -346,11 +438,13 @@ def test_bad_recipe(world, tmp_path, capsys, text, message):
     assert not (tmp_path / "out").exists()
 
 
-def test_exit_code_of_the_command(world, tmp_path):
-    """The real command line: one line, exit code 2."""
-    done = subprocess.run([sys.executable, "train.py", *arguments(world, tmp_path / "out", "--group_size", "1")], cwd=ROOT,
-                          capture_output=True, text=True)
-    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "group_size is 1" in done.stderr
+@pytest.mark.parametrize("name", ["group of one", "a tensor of another shape"])
+def test_exit_code_of_the_command(world, tmp_path, name):
+    """The real command line, where libraries may write to stderr as well: one line, exit code 2."""
+    make, message = BAD_INPUT[name]
+    done = subprocess.run([sys.executable, "train.py", *arguments(world, tmp_path / "out", *make(tmp_path, world))],
+                          cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and re.search(message, done.stderr), done.stderr
 
 
 # ───────────────────────────────────────────────────── fields and recipes ─────────────────────────────────────────────
@@ -381,4 +475,5 @@ def test_recipes(path):
                 "grpo_phase1": (False, 0, 0), "mapo_phase1": (True, 0.1, 0), "mapo_phase2": (True, 0.1, 0)}
     if path.stem in expected:
         mask, eta, rank = expected[path.stem]
-        assert config == replace(TrainConfig(), mask=mask, eta=eta, lora_rank=rank, data_format=config.data_format)
+        assert config == replace(TrainConfig(), mask=mask, eta=eta, lora_rank=rank, data_format=config.data_format,
+                                 output_dir=f"runs/{path.stem}")
