@@ -72,6 +72,8 @@ def run_arms(options):
             folder / "log.txt")
 
     options.out.mkdir(parents=True, exist_ok=True)
+    code = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
+    (options.out / "code.txt").write_text(code)  # do not edit the tree while it runs: every arm starts train.py anew
     with ThreadPoolExecutor(options.jobs) as pool:
         list(pool.map(warm_start, options.seeds))
         list(pool.map(train_arm, [(seed, arm) for arm in ARMS for seed in options.seeds]))
@@ -163,14 +165,14 @@ def draw_training(out, seeds, path, window=8):
     for arm in ARMS:
         for seed in seeds:
             metrics = [json.loads(line) for line in open(folder_of(out, seed, arm) / "metrics.jsonl")]
-            for axis, name in zip(axes, ("accuracy", "completion_length", "audio_mass_max_late")):
+            for axis, name in zip(axes, ("accuracy", "completion_length", "audio_mass_max")):
                 values = [m[name] for m in metrics]
                 smooth = [statistics.fmean(values[max(0, i + 1 - window):i + 1]) for i in range(len(values))]
                 axis.plot([m["step"] for m in metrics], smooth, color=COLORS[arm], alpha=0.85, linewidth=1.2,
                           label=arm if seed == seeds[0] else None)
     for axis, title, unit in ((axes[0], "Training accuracy (sampled)", "share right"),
                               (axes[1], "Completion length", "tokens"),
-                              (axes[2], "$a_t$, last third, own completions", "share of attention")):
+                              (axes[2], "$a_t$ of its own completions", "share of attention")):
         axis.set(title=title, xlabel="optimizer step", ylabel=unit)
         axis.grid(alpha=0.3)
     axes[0].legend(fontsize=8)

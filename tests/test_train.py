@@ -116,6 +116,17 @@ def test_micro_batches_sum_to_the_same_gradient(world, tmp_path, flags):
             assert part_metrics[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-7), name
 
 
+def test_gradient_norm_is_clipped(world, tmp_path):
+    """The gradient that the optimizer sees has norm max_grad_norm; the metric is the norm before."""
+    config = replace(read_config(arguments(world, tmp_path)), steps_per_generation=1, max_grad_norm=1e9)
+    policy, batch = prepared_batch(world, config)
+    free, _ = gradient(policy, batch, config)
+    clipped, metrics = gradient(policy, batch, replace(config, max_grad_norm=0.01))
+    assert clipped.norm() == pytest.approx(0.01, rel=1e-4)
+    assert metrics["grad_norm"] == pytest.approx(free.norm().item(), rel=1e-4) and metrics["grad_norm"] > 0.1
+    torch.testing.assert_close(clipped / clipped.norm(), free / free.norm(), atol=1e-6, rtol=1e-3)
+
+
 def test_gradient_checkpointing_changes_nothing(world, tmp_path):
     """Recomputed activations, the masses of L_tgt among them, give the same gradient."""
     config = read_config(arguments(world, tmp_path, "--eta", "0.5", "--max_grad_norm", "1e9"))
@@ -201,6 +212,7 @@ def test_metrics_of_every_step(finished):
     assert all(m["grad_norm"] > 1e-3 and m["zero_advantage"] < 1 and m["attention_loss"] > 0 for m in metrics)
     assert metrics[0]["sampler_gap"] < 0.02  # what banning the placeholders does; another temperature shows as 0.1
     assert metrics[0]["clip_fraction"] == 0 and metrics[0]["kl_loss"] == pytest.approx(0, abs=1e-9)  # π_θ = π_old = π_ref
+    assert metrics[2]["kl_loss"] > 1e-7 and metrics[2]["clip_fraction"] == 0  # a new π_old, and still the first π_ref
     assert [m["seconds_generate"] > 0 for m in metrics] == [True, False, True, False]
 
 
@@ -213,12 +225,25 @@ def test_completions_of_every_step(finished):
         assert row["reward_accuracy"] == len(row["text"]) % 2
         assert row["reward_total"] == 2 * row["reward_accuracy"] + row["reward_format"] + row["reward_consistency"]
     assert any(row["reward_accuracy"] for row in rows)
+    assert len({row["prompt_id"] for row in rows[:16]}) == 4  # the two steps of a generation batch, 2 prompts each
     for group in (rows[i:i + 4] for i in range(0, 32, 4)):
         assert len({row["prompt_id"] for row in group}) == 1
         total = [row["reward_total"] for row in group]
         mean = sum(total) / 4
         std = math.sqrt(sum((r - mean) ** 2 for r in total) / 3)
         assert [row["advantage"] for row in group] == pytest.approx([(r - mean) / (std + 0.1) for r in total], abs=1e-5)
+
+
+def test_mass_metrics_are_those_of_the_completions(finished):
+    """a_t over all tokens and over the last third, recomputed from completions.jsonl."""
+    rows = lines(finished / "completions.jsonl")
+    for m in lines(finished / "metrics.jsonl"):
+        masses = [row["audio_mass"] for row in rows if row["step"] == m["step"]]
+        # The last third: what is left after ⌈2T/3⌉ tokens.
+        late = [a for row in masses for a in row[math.ceil(2 * len(row) / 3):]]
+        every = [a for row in masses for a in row]
+        assert m["audio_mass_max"] == pytest.approx(sum(every) / len(every), abs=1e-4)
+        assert m["audio_mass_max_late"] == pytest.approx(sum(late) / len(late), abs=1e-4)
 
 
 def test_draw_goes_through_the_data_by_epochs():
