@@ -141,7 +141,7 @@ def draw_attention(results, path):
     """a_t on the same text against the place in the completion, a panel a seed."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(4.4 * len(results), 3.8), layout="constrained")
+    figure = Figure(figsize=(4.4 * len(results), 4), layout="constrained")
     axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
     for axis, (seed, arms) in zip(axes, results.items()):
         for arm, r in arms.items():
@@ -151,7 +151,7 @@ def draw_attention(results, path):
         axis.set(title=f"toy, seed {seed}", xlabel="place in the completion, t/T")
         axis.grid(alpha=0.3)
     axes[0].set(ylabel="audio attention mass $a_t$", ylim=(0, None))
-    axes[-1].legend(fontsize=8)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=len(COLORS), fontsize=9)
     path.parent.mkdir(exist_ok=True)
     figure.savefig(path, dpi=110)
 
