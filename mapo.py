@@ -246,7 +246,7 @@ def mapo_loss(*, logp, old_logp, ref_logp, advantages, mask, config, policy_entr
 # ───────────────────────────────────────────────────── Table 5 ────────────────────────────────────────────────────────
 
 
-def described(default, help):
+def _described(default, help):
     """A dataclass field with the text that --help shows."""
     return field(default=default, metadata={"help": help})
 
@@ -256,20 +256,20 @@ class MapoConfig:
     """The values of Table 5 that the equations read. Each help text gives the symbol and the source of the default:
     paper, release (the authors' code), or ours. Raises ValueError naming the field when a value is out of range."""
 
-    group_size: int = described(8, "G, completions per prompt (paper, Table 5)")
-    clip_ratio: float = described(0.2, "ϵ of the clipped surrogate (paper, Table 5)")
-    mask: bool = described(True, "use the modality relevance mask ω̃ of Eq. 1; false is GRPO's uniform weight (paper, Table 1)")
-    tau_base: float = described(1.0, "τ_base of the length-scaled temperature (paper, Table 5)")
-    mask_clip: float = described(5.0, "C_mask, cap of ω̃ and ν̃ (paper, Table 5)")
-    eta: float = described(0.1, "η, weight of the attention loss; 0 leaves the branch out (paper, Table 5)")
-    kappa: float = described(1.0, "κ, exponent of the temporal weight (paper, Table 5)")
-    fail_threshold: float = described(0.0, "θ_fail, accuracy reward at or under which a completion has failed (release)")
-    fail_gate_floor: float = described(0.1, "α, the gate f̂ of a successful completion (release)")
-    prefactor_clip: float = described(3.0, "C_pref, cap of f̂·|Â| (paper, Table 5)")
-    advantage_eps: float = described(0.1, "ε in the denominator of Â (paper, Table 5)")
-    attention_eps: float = described(0.1, "ε in −ln(a_t + ε) (paper, Table 5, one symbol with the ε of Â)")
-    advantage_floor: float = described(0.0, "floor of |Â| in Eq. 4 on failed completions; 0 is off (ours; 0.02 in the release)")
-    beta: float = described(0.002, "β, weight of the KL term (paper, Table 5)")
+    group_size: int = _described(8, "G, completions per prompt (paper, Table 5)")
+    clip_ratio: float = _described(0.2, "ϵ of the clipped surrogate (paper, Table 5)")
+    mask: bool = _described(True, "use the modality relevance mask ω̃ of Eq. 1; false is GRPO's uniform weight (paper, Table 1)")
+    tau_base: float = _described(1.0, "τ_base of the length-scaled temperature (paper, Table 5)")
+    mask_clip: float = _described(5.0, "C_mask, cap of ω̃ and ν̃ (paper, Table 5)")
+    eta: float = _described(0.1, "η, weight of the attention loss; 0 leaves the branch out (paper, Table 5)")
+    kappa: float = _described(1.0, "κ, exponent of the temporal weight (paper, Table 5)")
+    fail_threshold: float = _described(0.0, "θ_fail, accuracy reward at or under which a completion has failed (release)")
+    fail_gate_floor: float = _described(0.1, "α, the gate f̂ of a successful completion (release)")
+    prefactor_clip: float = _described(3.0, "C_pref, cap of f̂·|Â| (paper, Table 5)")
+    advantage_eps: float = _described(0.1, "ε in the denominator of Â (paper, Table 5)")
+    attention_eps: float = _described(0.1, "ε in −ln(a_t + ε) (paper, Table 5, one symbol with the ε of Â)")
+    advantage_floor: float = _described(0.0, "floor of |Â| in Eq. 4 on failed completions; 0 is off (ours; 0.02 in the release)")
+    beta: float = _described(0.002, "β, weight of the KL term (paper, Table 5)")
 
     def __post_init__(self):
         if not isinstance(self.mask, bool):

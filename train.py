@@ -34,7 +34,7 @@ from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
 from data import InputError, read_avqa, read_questions
-from mapo import (MapoConfig, audio_attention_mass, described, differential_entropy, group_advantages, mapo_loss)
+from mapo import (MapoConfig, audio_attention_mass, _described, differential_entropy, group_advantages, mapo_loss)
 from model import add_lora, check_policy, load_policy
 from pos_gate import load_tagger, pos_gate_batch
 from rewards import (CheckerError, accuracy_reward, consistency_rewards, format_reward, rule_consistency_rewards,
@@ -47,47 +47,47 @@ class TrainConfig(MapoConfig):
     """Everything a run is told. The fields of the equations come from MapoConfig; the rest is here. The defaults are the
     paper's Table 5 where it has the value; (release) is the authors' code, (ours) a decision of this project."""
 
-    model: str = described("", "folder of the checkpoint that starts π_θ, or `toy` for the embedded default (paper: "
+    model: str = _described("", "folder of the checkpoint that starts π_θ, or `toy` for the embedded default (paper: "
                             "Qwen3-Omni-30B-A3B-Thinking)")
-    data: str = described("", "jsonl file of training questions, see data.py (paper: AVQA, then a 29k mixture)")
-    data_format: str = described("jsonl", "rows of data: `jsonl`, our own, or `avqa`, AVQA as R1-AQA writes it (ours)")
-    instruction: str = described("", "text after the options in the prompt, for models told their format (ours; Appendix G)")
-    audio_root: str = described("", "folder that the audio paths of avqa rows start from; empty is the file's own (ours)")
-    eval_data: str = described("", "jsonl file for greedy accuracy before and after training; empty is none (ours)")
-    output_dir: str = described("runs/run", "folder for everything a run writes (ours)")
-    seed: int = described(0, "seed of the data order, the sampling and new weights (ours)")
-    max_steps: int = described(800, "optimizer steps (release)")
-    learning_rate: float = described(1e-6, "peak learning rate of AdamW (release)")
-    warmup_ratio: float = described(0.05, "share of the steps in the linear warm-up from 0, cosine to 0 follows (release)")
-    adam_beta1: float = described(0.9, "AdamW β1 (release)")
-    adam_beta2: float = described(0.95, "AdamW β2 (release)")
-    weight_decay: float = described(0.1, "AdamW weight decay, on matrices alone (release)")
-    max_grad_norm: float = described(1.0, "gradient-norm clip (release)")
-    generation_batch_size: int = described(768, "completions per generation batch (paper, Table 5)")
-    steps_per_generation: int = described(4, "optimizer steps per generation batch (paper, Table 5)")
-    micro_batch_size: int = described(8, "completions per forward and backward; changes memory, not the gradient (ours)")
-    temperature: float = described(1.2, "sampling temperature; π_θ, π_ref and π_text-ref are taken at it (paper, Table 5)")
-    top_k: int = described(50, "top-k of the sampler; 0 is off (paper, Table 5)")
-    top_p: float = described(0.99, "top-p of the sampler (paper, Table 5)")
-    repetition_penalty: float = described(1.0, "repetition penalty of the sampler (paper, Table 5)")
-    max_new_tokens: int = described(1200, "longest completion, tokens (release)")
-    mask_truncated: bool = described(False, "leave completions cut at max_new_tokens out of every mean (ours; release: on)")
+    data: str = _described("", "jsonl file of training questions, see data.py (paper: AVQA, then a 29k mixture)")
+    data_format: str = _described("jsonl", "rows of data: `jsonl`, our own, or `avqa`, AVQA as R1-AQA writes it (ours)")
+    instruction: str = _described("", "text after the options in the prompt, for models told their format (ours; Appendix G)")
+    audio_root: str = _described("", "folder that the audio paths of avqa rows start from; empty is the file's own (ours)")
+    eval_data: str = _described("", "jsonl file for greedy accuracy before and after training; empty is none (ours)")
+    output_dir: str = _described("runs/run", "folder for everything a run writes (ours)")
+    seed: int = _described(0, "seed of the data order, the sampling and new weights (ours)")
+    max_steps: int = _described(800, "optimizer steps (release)")
+    learning_rate: float = _described(1e-6, "peak learning rate of AdamW (release)")
+    warmup_ratio: float = _described(0.05, "share of the steps in the linear warm-up from 0, cosine to 0 follows (release)")
+    adam_beta1: float = _described(0.9, "AdamW β1 (release)")
+    adam_beta2: float = _described(0.95, "AdamW β2 (release)")
+    weight_decay: float = _described(0.1, "AdamW weight decay, on matrices alone (release)")
+    max_grad_norm: float = _described(1.0, "gradient-norm clip (release)")
+    generation_batch_size: int = _described(768, "completions per generation batch (paper, Table 5)")
+    steps_per_generation: int = _described(4, "optimizer steps per generation batch (paper, Table 5)")
+    micro_batch_size: int = _described(8, "completions per forward and backward; changes memory, not the gradient (ours)")
+    temperature: float = _described(1.2, "sampling temperature; π_θ, π_ref and π_text-ref are taken at it (paper, Table 5)")
+    top_k: int = _described(50, "top-k of the sampler; 0 is off (paper, Table 5)")
+    top_p: float = _described(0.99, "top-p of the sampler (paper, Table 5)")
+    repetition_penalty: float = _described(1.0, "repetition penalty of the sampler (paper, Table 5)")
+    max_new_tokens: int = _described(1200, "longest completion, tokens (release)")
+    mask_truncated: bool = _described(False, "leave completions cut at max_new_tokens out of every mean (ours; release: on)")
     target_layers: list[int] = field(default_factory=lambda: [43, 44, 45, 46, 47], metadata={
         "help": "L_tgt, decoder layers of a_t, 0-based (paper, Table 5)"})
-    mass_interval: int = described(10, "with eta 0, measure a_t (no gradient) every this many steps (ours)")
+    mass_interval: int = _described(10, "with eta 0, measure a_t (no gradient) every this many steps (ours)")
     reward_weights: list[float] = field(default_factory=lambda: [2.0, 1.0, 1.0], metadata={
         "help": "λ_acc λ_format λ_cons of Eq. 6 (paper)"})
-    format_style: str = described("think", "`think`: <think>…</think> answer; `reasoning`: <reasoning>…</reasoning>"
+    format_style: str = _described("think", "`think`: <think>…</think> answer; `reasoning`: <reasoning>…</reasoning>"
                                         "<answer>…</answer> (paper, Appendix G)")
-    checker: str = described("", "base URL of the OpenAI-compatible server of the consistency checker, or `rule` for the "
+    checker: str = _described("", "base URL of the OpenAI-compatible server of the consistency checker, or `rule` for the "
                               "toy's rule; its key, if any, in CHECKER_API_KEY (paper: vLLM)")
-    checker_model: str = described("Qwen3-30B-A3B-Instruct", "model name asked of the checker (paper)")
-    lora_rank: int = described(0, "LoRA rank; 0 trains all parameters of the decoder (release: 128)")
-    lora_alpha: int = described(512, "LoRA α (release)")
-    freeze_audio_tower: bool = described(True, "keep the audio encoder and its projection as they are (ours)")
-    gradient_checkpointing: bool = described(True, "recompute activations in the backward pass (ours)")
-    rollout: str = described("local", "where completions are sampled: `local`, in this process (ours)")
-    report_to: str = described("none", "`tensorboard` or `wandb` through accelerate's trackers, or `none` (ours)")
+    checker_model: str = _described("Qwen3-30B-A3B-Instruct", "model name asked of the checker (paper)")
+    lora_rank: int = _described(0, "LoRA rank; 0 trains all parameters of the decoder (release: 128)")
+    lora_alpha: int = _described(512, "LoRA α (release)")
+    freeze_audio_tower: bool = _described(True, "keep the audio encoder and its projection as they are (ours)")
+    gradient_checkpointing: bool = _described(True, "recompute activations in the backward pass (ours)")
+    rollout: str = _described("local", "where completions are sampled: `local`, in this process (ours)")
+    report_to: str = _described("none", "`tensorboard` or `wandb` through accelerate's trackers, or `none` (ours)")
 
     def __post_init__(self):
         super().__post_init__()
