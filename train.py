@@ -34,7 +34,7 @@ from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
 from data import InputError, read_avqa, read_questions
-from mapo import (MapoConfig, audio_attention_mass, _described, differential_entropy, group_advantages, mapo_loss)
+from mapo import MapoConfig, _described, audio_attention_mass, differential_entropy, group_advantages, mapo_loss
 from model import add_lora, check_policy, load_policy
 from pos_gate import load_tagger, pos_gate_batch
 from rewards import (CheckerError, accuracy_reward, consistency_rewards, format_reward, rule_consistency_rewards,
