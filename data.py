@@ -72,7 +72,8 @@ def _row_of_avqa(row, where):
         raise InputError(f"{where}: answer {row['answer']} is no index into the {len(row['multi_choice'])} options")
     return {"id": str(row.get("id", "")), "audio": row["audio_path"],
             "question": row["question_text"].replace("video", "audio").replace("Video", "Audio"),
-            "choices": row["multi_choice"], "answer": row["multi_choice"][row["answer"]], "domain": row.get("question_type")}
+            "choices": row["multi_choice"], "answer": row["multi_choice"][row["answer"]],
+            "domain": row.get("question_type")}
 
 
 def _read(path, audio_root, to_row):
@@ -81,7 +82,8 @@ def _read(path, audio_root, to_row):
         where = f"{path}:{number}"
         question = _question(to_row(row, where), audio_root, where)
         if question.id in line_of:
-            raise InputError(f"{where}: id {question.id!r} stands in line {line_of[question.id]} already; make ids unique")
+            raise InputError(f"{where}: id {question.id!r} stands in line {line_of[question.id]} already; make ids "
+                             "unique")
         line_of[question.id] = number
         for clip in question.audio:
             check_audio(clip, where)
@@ -117,7 +119,8 @@ def check_audio(path, where):
             file.seek(max(0, file.frames - 1))
             file.read(1)
     except soundfile.LibsndfileError as error:
-        raise InputError(f"{where}: {path} cannot be read as audio ({error}); give a wav, flac, ogg or mp3 file") from error
+        raise InputError(f"{where}: {path} cannot be read as audio ({error}); give a wav, flac, ogg or "
+                         "mp3 file") from error
     if not header.frames:
         raise InputError(f"{where}: {path} is empty; remove the question or mend the file")
     if header.subtype in ("FLOAT", "DOUBLE"):
@@ -159,7 +162,8 @@ def _question(row, folder, where):
     if len(choices) > 26:
         raise InputError(f"{where}: field 'choices' holds {len(choices)} options; letters name at most 26")
     if row["answer"] not in choices:
-        raise InputError(f"{where}: answer {row['answer']!r} is not among the choices {choices}; copy one of them exactly")
+        raise InputError(f"{where}: answer {row['answer']!r} is not among the choices {choices}; copy one of them "
+                         "exactly")
     if len({choice.strip() for choice in choices}) < len(choices):
         raise InputError(f"{where}: field 'choices' holds an option twice: {choices}; make the options different")
     domain = row.get("domain")

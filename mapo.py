@@ -10,7 +10,7 @@ Conventions
 Every function takes and returns tensors, imports torch alone and knows nothing of models or distribution. To use one
 elsewhere, paste its source, and that of the helpers it names, under `import torch`.
 
-In the order of the paper: Sec. 2 (advantages), 3.2 (a_t), 3.3 (Δh), 3.4 (Eq. 1, 2), 3.5 (Eq. 3, 4), 2 (k3), 3.6 (Eq. 5).
+In the paper's order: Sec. 2 (advantages), 3.2 (a_t), 3.3 (Δh), 3.4 (Eq. 1, 2), 3.5 (Eq. 3, 4), 2 (k3), 3.6 (Eq. 5).
 """
 
 from dataclasses import dataclass, field
@@ -29,7 +29,8 @@ def group_advantages(rewards, group_size, eps):
     Raises ValueError when group_size < 2, when it does not divide B, or when a reward is not finite.
     """
     if group_size < 2:
-        raise ValueError(f"group_size is {group_size}: a group-relative advantage needs at least 2 completions a prompt")
+        raise ValueError(f"group_size is {group_size}: a group-relative advantage needs at least 2 completions a "
+                         "prompt")
     if rewards.dim() != 1 or rewards.numel() % group_size:
         raise ValueError(f"rewards has shape {tuple(rewards.shape)}: expected [B] with B a multiple of {group_size}")
     if not rewards.is_floating_point() or not torch.isfinite(rewards).all():
@@ -258,17 +259,20 @@ class MapoConfig:
 
     group_size: int = _described(8, "G, completions per prompt (paper, Table 5)")
     clip_ratio: float = _described(0.2, "ϵ of the clipped surrogate (paper, Table 5)")
-    mask: bool = _described(True, "use the modality relevance mask ω̃ of Eq. 1; false is GRPO's uniform weight (paper, Table 1)")
+    mask: bool = _described(True, "use the modality relevance mask ω̃ of Eq. 1; false is GRPO's uniform weight (paper, "
+                             "Table 1)")
     tau_base: float = _described(1.0, "τ_base of the length-scaled temperature (paper, Table 5)")
     mask_clip: float = _described(5.0, "C_mask, cap of ω̃ and ν̃ (paper, Table 5)")
     eta: float = _described(0.1, "η, weight of the attention loss; 0 leaves the branch out (paper, Table 5)")
     kappa: float = _described(1.0, "κ, exponent of the temporal weight (paper, Table 5)")
-    fail_threshold: float = _described(0.0, "θ_fail, accuracy reward at or under which a completion has failed (release)")
+    fail_threshold: float = _described(0.0, "θ_fail, accuracy reward at or under which a completion has failed "
+                                       "(release)")
     fail_gate_floor: float = _described(0.1, "α, the gate f̂ of a successful completion (release)")
     prefactor_clip: float = _described(3.0, "C_pref, cap of f̂·|Â| (paper, Table 5)")
     advantage_eps: float = _described(0.1, "ε in the denominator of Â (paper, Table 5)")
     attention_eps: float = _described(0.1, "ε in −ln(a_t + ε) (paper, Table 5, one symbol with the ε of Â)")
-    advantage_floor: float = _described(0.0, "floor of |Â| in Eq. 4 on failed completions; 0 is off (ours; 0.02 in the release)")
+    advantage_floor: float = _described(0.0, "floor of |Â| in Eq. 4 on failed completions; 0 is off (ours; 0.02 in "
+                                        "the release)")
     beta: float = _described(0.002, "β, weight of the KL term (paper, Table 5)")
 
     def __post_init__(self):

@@ -6,9 +6,9 @@
     logp, entropy, head_mass = policy(batch, temperature, target_layers)
     text = policy.collate(prompts, completions, text_only=True)   # the view of π_text-ref: no audio
 
-For completion tokens y_1..y_T the forward gives log π(y_t), the entropy H(π(·|y_<t, x)) and, for the layers of L_tgt, the
-audio attention mass m_t⁽ˡʰ⁾ of every head. Column t−1 is read at the row that *predicts* y_t (whose input is y_{t−1}, or
-the last prompt token for y_1). Log-probs and entropies are of the distribution at the sampling temperature.
+For completion tokens y_1..y_T the forward gives log π(y_t), the entropy H(π(·|y_<t, x)) and, for the layers of L_tgt,
+the audio attention mass m_t⁽ˡʰ⁾ of every head. Column t−1 is read at the row that *predicts* y_t (whose input is
+y_{t−1}, or the last prompt token for y_1). Log-probs and entropies are of the distribution at the sampling temperature.
 
 Nothing of size [T, vocabulary] or [heads, T, keys] is kept: logits are formed a few rows at a time and formed again in
 the backward pass, and attention keeps its fused kernel, with the mass computed beside it in the target layers alone.
@@ -23,8 +23,8 @@ import numpy as np
 import torch
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
-from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForMultimodalLM, AutoTokenizer,
-                          WhisperFeatureExtractor)
+from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForMultimodalLM,
+                          AutoTokenizer, WhisperFeatureExtractor)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -44,7 +44,7 @@ class Statistics(NamedTuple):
 
 @dataclass(frozen=True)
 class Prompt:
-    """An encoded question. `ids` holds one placeholder per audio token; `text_ids` is the prompt rendered without audio."""
+    """An encoded question. `ids` holds one placeholder per audio token; `text_ids` is the prompt without audio."""
 
     question: Question
     ids: list[int]
@@ -71,7 +71,7 @@ class Batch:
 
 
 class Policy(torch.nn.Module):
-    """An audio LLM with its tokenizer and feature extractor. `model` is the transformers model, or peft's wrapper of it."""
+    """An audio LLM with its tokenizer and feature extractor. `model` is the transformers model, or peft's wrapper."""
 
     def __init__(self, model, tokenizer, feature_extractor):
         super().__init__()
@@ -97,7 +97,7 @@ class Policy(torch.nn.Module):
         return self.base.config.get_text_config().num_hidden_layers
 
     def forward(self, batch, temperature=1.0, target_layers=()):
-        """Statistics of the completions of a Batch (see the class). target_layers: L_tgt, 0-based; () leaves the mass out.
+        """Statistics of a Batch's completions (see the class). target_layers: L_tgt, 0-based; () leaves the mass out.
 
         Gradient flows through logp and head_mass. Right for non-reentrant checkpointing: the masses travel as outputs
         of the layers, so recomputation makes them again and no state lies outside the graph.
@@ -134,8 +134,8 @@ class Policy(torch.nn.Module):
         rendered = self._render(question, instruction, with_audio=True)
         if rendered.count(self.audio_token_id) != len(features):
             raise InputError(f"question {question.id}: the chat template renders {rendered.count(self.audio_token_id)} "
-                             f"audio placeholders (id {self.audio_token_id}) for {len(features)} clips; mend the template "
-                             "in the model folder, or audio_token_id in its config.json")
+                             f"audio placeholders (id {self.audio_token_id}) for {len(features)} clips; mend the "
+                             "template in the model folder, or audio_token_id in its config.json")
         counts = [audio_token_count(n, self.base.config) for n in frames]
         # Qwen2-Audio's forward takes a single placeholder for one that nobody has expanded yet.
         if min(counts) < (2 if self.base.config.model_type == "qwen2_audio" else 1):
@@ -147,23 +147,24 @@ class Policy(torch.nn.Module):
 
     def _render(self, question, instruction, with_audio):
         messages = conversation(question, with_audio, instruction)
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
+                                                  return_dict=False)
 
     def _log_mel(self, path):
         """Path → (log-mel [mel bins, F], frames). 16 kHz, 10 ms hop: 100 frames a second. One clip at a time, so that
         the features of a clip do not depend on its neighbours in a batch."""
         samples, extractor, family = load_audio(path), self.feature_extractor, self.base.config.model_type
         # Qwen3-Omni's encoder pads its chunks of 1 s to the longest chunk of the batch, so that a shorter clip would
-        # depend on its neighbours: such a clip gets silence up to 1 s. Elsewhere the centred STFT, which reflects half a
-        # window at the edges, needs one sample more than that.
+        # depend on its neighbours: such a clip gets silence up to 1 s. Elsewhere the centred STFT, which reflects half
+        # a window at the edges, needs one sample more than that.
         least = SAMPLE_RATE if family.startswith("qwen3_omni_moe") else extractor.n_fft // 2 + 1
         samples = np.pad(samples, (0, max(0, least - len(samples))))
         fixed = family == "qwen2_audio"  # its encoder takes windows of 30 s, no other length
         if fixed and len(samples) > extractor.n_samples:
             raise InputError(f"{path}: {len(samples) / SAMPLE_RATE:.1f} s, and Qwen2-Audio takes at most "
                              f"{extractor.n_samples / SAMPLE_RATE:.0f} s; cut the clip")
-        output = extractor(samples, sampling_rate=SAMPLE_RATE, padding="max_length" if fixed else True, truncation=False,
-                           return_attention_mask=True, return_tensors="pt")
+        output = extractor(samples, sampling_rate=SAMPLE_RATE, padding="max_length" if fixed else True,
+                           truncation=False, return_attention_mask=True, return_tensors="pt")
         return output["input_features"][0], int(output["attention_mask"].sum())
 
     def collate(self, prompts, completions, text_only=False):
@@ -189,11 +190,13 @@ class Policy(torch.nn.Module):
         expected = sum(audio_token_count(n, self.base.config) for p in prompts for n in p.frames)
         found = int((ids == self.audio_token_id).sum())
         if found != expected:
-            raise InputError(f"questions {prompts[0].question.id} … {prompts[-1].question.id}: {found} audio placeholders in "
-                             f"the prompts, {expected} audio tokens in the features; encode them with this policy")
+            raise InputError(f"questions {prompts[0].question.id} … {prompts[-1].question.id}: {found} audio "
+                             f"placeholders in the prompts, {expected} audio tokens in the features; "
+                             "encode them with this policy")
         clips, frames = [f for p in prompts for f in p.features], torch.tensor([n for p in prompts for n in p.frames])
         longest = max(clip.shape[1] for clip in clips)  # F
-        features = torch.stack([torch.nn.functional.pad(c, (0, longest - c.shape[1])) for c in clips])  # [clips, mel, F]
+        features = torch.stack([torch.nn.functional.pad(c, (0, longest - c.shape[1]))
+                                for c in clips])  # [clips, mel, F]
         return {"input_features": features, "feature_attention_mask": (torch.arange(longest) < frames[:, None]).long()}
 
     def text(self, completion):
@@ -201,7 +204,7 @@ class Policy(torch.nn.Module):
         return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
 
     def save(self, folder):
-        """Writes model (safetensors), tokenizer, chat template and feature extractor: a folder that load_policy reads."""
+        """Writes model (safetensors), tokenizer, chat template and feature extractor: a folder load_policy reads."""
         self.base.save_pretrained(folder)
         self.tokenizer.save_pretrained(folder)
         self.feature_extractor.save_pretrained(folder)
@@ -216,7 +219,7 @@ def positions(attention_mask):
 def audio_token_count(frames, config):
     """Audio tokens that the encoder makes of `frames` mel frames (10 ms each). Facts of the model classes.
 
-    Qwen3-Omni: three strided convolutions on chunks of 100 frames, 13 tokens a whole chunk, ⌈⌈⌈r/2⌉/2⌉/2⌉ for the rest r.
+    Qwen3-Omni: three strided convolutions on chunks of 100 frames, 13 tokens a whole chunk, ⌈⌈⌈r/2⌉/2⌉/2⌉ for a rest r.
     Qwen2-Audio, Qwen2.5-Omni: a strided convolution and a pooling by two on the whole clip.
     Raises InputError for another family, whose rule has to be added here.
     """
@@ -315,7 +318,7 @@ class AudioMass(torch.autograd.Function):
 
     @staticmethod
     def weights(query, key, allowed, scaling):
-        """α [B, Hkv, H/Hkv, rows, S], and q, k in the precision of the product. Heads h·r … h·r + r − 1 share key head h."""
+        """α [B, Hkv, H/Hkv, rows, S], and q, k in the product's precision. Heads h·r … h·r + r − 1 share key head h."""
         q = _at_least_float32(query).unflatten(1, (key.shape[1], -1))  # [B, Hkv, H/Hkv, rows, d]
         k = _at_least_float32(key)
         z = torch.einsum("bgrtd,bgsd->bgrts", q, k) * scaling
@@ -337,8 +340,8 @@ AttentionMaskInterface.register("audio_mass", sdpa_mask)
 def load_policy(folder, dtype=torch.float32):
     """A checkpoint folder → Policy. A full Omni checkpoint (`thinker_config`, keys `thinker.*`) gives its thinker.
 
-    Reads config.json, the safetensors, tokenizer, chat template and preprocessor_config.json; no network. Dropout is set
-    to 0 everywhere: old_logp, the update's logp and the sampler must be the same distribution.
+    Reads config.json, the safetensors, tokenizer, chat template and preprocessor_config.json; no network. Dropout is
+    set to 0 everywhere: old_logp, the update's logp and the sampler must be the same distribution.
     Raises InputError naming the folder or file when a part is missing or broken, when the config has no audio_token_id,
     or when the weights do not cover the model.
     """
@@ -352,18 +355,19 @@ def load_policy(folder, dtype=torch.float32):
         return _load(folder, dtype)
     except InputError:
         raise
-    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # what transformers raises for a broken folder
-        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):  # out of memory, a bug of ours
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # what transformers raises on a broken folder
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):  # out of memory, our bug
             raise
-        raise InputError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]}); the folder must hold a whole "
-                         "transformers checkpoint") from error
+        raise InputError(f"{folder}: cannot be loaded ({' '.join(str(error).split())[:300]}); the folder must hold a "
+                         "whole transformers checkpoint") from error
 
 
 def _load(folder, dtype):
     config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config = getattr(config, "thinker_config", config)
     if getattr(config, "audio_token_id", None) is None:
-        raise InputError(f"{folder}/config.json: no audio_token_id ({config.model_type}); an audio language model is needed")
+        raise InputError(f"{folder}/config.json: no audio_token_id ({config.model_type}); an audio language model "
+                         "is needed")
     for part in (config, config.get_text_config(), getattr(config, "audio_config", config)):
         for name in ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop"):
             if hasattr(part, name):
@@ -382,14 +386,14 @@ def _load(folder, dtype):
 
 
 def make_policy(model, tokenizer, feature_extractor):
-    """Policy around a transformers model, with our attention function in its text decoder (the encoder keeps its own)."""
+    """Policy around a transformers model, our attention function in its text decoder (the encoder keeps its own)."""
     model.set_attn_implementation({"text_config": "audio_mass"})
     return Policy(model, tokenizer, feature_extractor).eval()
 
 
 def check_policy(policy, questions, target_layers):
-    """At the door of a run: L_tgt exists, no question spells a placeholder, and for the first question the encoder makes
-    as many audio tokens as the prompt has placeholders. Raises InputError."""
+    """At the door of a run: L_tgt exists, no question spells a placeholder, and for the first question the encoder
+    makes as many audio tokens as the prompt has placeholders. Raises InputError."""
     placeholders = policy.tokenizer.convert_ids_to_tokens(policy.placeholder_ids)
     for q in questions:
         for placeholder in placeholders:
@@ -398,7 +402,8 @@ def check_policy(policy, questions, target_layers):
     question = questions[0]
     for layer in target_layers:
         if not 0 <= layer < policy.num_layers:
-            raise InputError(f"target_layers: {layer} is out of range; the model has layers 0 to {policy.num_layers - 1}")
+            raise InputError(f"target_layers: {layer} is out of range; the model has layers 0 to "
+                             f"{policy.num_layers - 1}")
     if not target_layers or len(set(target_layers)) < len(target_layers):
         raise InputError(f"target_layers: {list(target_layers)}; give at least one layer, each once")
     prompt = policy.encode(question)
@@ -417,7 +422,8 @@ def check_policy(policy, questions, target_layers):
         made, reason = "no", f" ({' '.join(str(error).split())[:200]})"
     if made != wanted:
         raise InputError(f"question {question.id}: the audio encoder makes {made} tokens{reason}, the prompt holds "
-                         f"{wanted} placeholders; check n_window and the feature extractor's hop length in the model folder")
+                         f"{wanted} placeholders; check n_window and the feature extractor's hop length in the "
+                         "model folder")
 
 
 def add_lora(policy, rank, alpha):

@@ -226,14 +226,15 @@ def consistency_rewards(completions, *, url, model, api_key=None, format_style="
 
 
 def rule_consistency_rewards(completions, format_style="think"):
-    """r_cons by a rule in place of the checker, for the toy: 1.0 when the thinking ends in a full stop (it is not cut off)
-    and its last words are the answer (it does not contradict it).  (ours; the two failure modes of Appendix B)
+    """r_cons by a rule in place of the checker, for the toy: 1.0 when the thinking ends in a full stop (it is not cut
+    off) and its last words are the answer (it does not contradict it).  (ours; the two failure modes of Appendix B)
     """
     rewards = []
     for completion in completions:
         thinking, answer = split_completion(completion, format_style) or ("", "")
         conclusion, words = _normalise(thinking), _normalise(answer)
-        rewards.append(float(bool(words) and thinking.rstrip().endswith(".") and f" {conclusion}".endswith(f" {words}")))
+        rewards.append(float(bool(words) and thinking.rstrip().endswith(".")
+                             and f" {conclusion}".endswith(f" {words}")))
     return rewards
 
 

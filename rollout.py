@@ -1,4 +1,4 @@
-"""Rollouts: G completions y⁽¹⁾..y⁽ᴳ⁾ ~ π_θ(· | x) for every prompt (Algorithm 1, line 3), with the policy in this process.
+"""Rollouts: G completions y⁽¹⁾..y⁽ᴳ⁾ ~ π_θ(· | x) for every prompt (Algorithm 1, line 3), in this process.
 
 The prompt of a group, audio encoder included, runs once; its keys and values are then repeated for the G samples.
 """
@@ -25,8 +25,8 @@ class Completion:
 
 
 @torch.no_grad()
-def sample(policy, prompts, group_size, *, temperature, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens, seed,
-           progress=False):
+def sample(policy, prompts, group_size, *, temperature, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens,
+           seed, progress=False):
     """`group_size` completions of every prompt → list[Completion], the completions of a prompt contiguous.
 
     temperature 0 is greedy decoding; top_k 0 and top_p 1 leave the distribution whole. Placeholder ids are banned. The
@@ -47,8 +47,9 @@ def sample(policy, prompts, group_size, *, temperature, top_k=0, top_p=1.0, repe
     prompts_at_once = max(1, SEQUENCES // group_size)
     completions = []
     for start in tqdm(range(0, len(prompts), prompts_at_once), desc="generate", leave=False, disable=not progress):
-        completions += _sample_chunk(policy, prompts[start:start + prompts_at_once], group_size, LogitsProcessorList(chain),
-                                     greedy=temperature == 0, max_new_tokens=max_new_tokens, generator=generator)
+        completions += _sample_chunk(policy, prompts[start:start + prompts_at_once], group_size,
+                                     LogitsProcessorList(chain), greedy=temperature == 0, max_new_tokens=max_new_tokens,
+                                     generator=generator)
     return completions
 
 
@@ -56,8 +57,8 @@ def _sample_chunk(policy, prompts, group_size, processors, *, greedy, max_new_to
     base, device = policy.base, policy.device
     batch = policy.collate(prompts, [[]] * len(prompts)).to(device)  # with no completion T is 1, a column of padding
     ids, attention_mask = batch.input_ids[:, :-1], batch.attention_mask[:, :-1]  # [P, prompt length]
-    output = base.model(input_ids=ids, attention_mask=attention_mask, position_ids=positions(attention_mask), use_cache=True,
-                        **batch.audio)  # every prompt once
+    output = base.model(input_ids=ids, attention_mask=attention_mask, position_ids=positions(attention_mask),
+                        use_cache=True, **batch.audio)  # every prompt once
     cache = output.past_key_values
     cache.batch_repeat_interleave(group_size)
     hidden = output.last_hidden_state[:, -1].repeat_interleave(group_size, dim=0)  # [B, D], B = P·G

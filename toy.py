@@ -1,19 +1,19 @@
-"""The embedded default world: short clips of synthetic sounds, questions about them, and a tiny model that half listens.
+"""The embedded default world: short clips of synthetic sounds, questions about them and a tiny model that half listens.
 
-`prepare(folder, seed)` writes everything the method needs to run for real on two CPU cores: wav files, three jsonl files,
-and a checkpoint of the class that also holds the 30B model, warm-started on imperfect demonstrations.
+`prepare(folder, seed)` writes everything the method needs to run for real on two CPU cores: wav files, three jsonl
+files, and a checkpoint of the class that also holds the 30B model, warm-started on imperfect demonstrations.
 
 The world. Three or four sounds in a row, and one of two questions: which sound stands at a place (75 %), or how many
 knocks there are (25 %). A completion reads
 
-    <think> I hear: the first is a bell, the second is knocks, the last is a hiss. This asks for the second sound. Let me
-    think slowly about it. So the second is knocks.</think> knocks
+    <think> I hear: the first is a bell, the second is knocks, the last is a hiss. This asks for the second sound. Let
+    me think slowly about it. So the second is knocks.</think> knocks
 
-The language prior. Each question has one option that text alone prefers (PREFERENCE; "three" knocks), and it is right on
-a third of the questions. Demonstrations name the sounds they hear and then, more often than not, conclude with the
+The language prior. Each question has one option that text alone prefers (PREFERENCE; "three" knocks), and it is right
+on a third of the questions. Demonstrations name the sounds they hear and then, more often than not, conclude with the
 preferred option. The policy that learns from them hears, speaks of what it heard, and answers from the prior: the
-late-stage collapse that MAPO (arXiv 2605.27741) is about. Its way out is to conclude from what it said, or, for the number
-of knocks, which no caption tells, to listen again.
+late-stage collapse that MAPO (arXiv 2605.27741) is about. Its way out is to conclude from what it said, or, for the
+number of knocks, which no caption tells, to listen again.
 """
 
 import hashlib
@@ -69,10 +69,10 @@ FILLERS = ("Let me think slowly about it.", "I should weigh every option careful
 
 
 def prepare(folder, seed):
-    """Writes folder/{model/, train.jsonl, dev.jsonl, test.jsonl, wav/} → folder. Returns at once when it stands already.
+    """Writes folder/{model/, train.jsonl, dev.jsonl, test.jsonl, wav/} → folder. Returns at once when it stands.
 
-    Built in a sibling folder and renamed at the end, so that a broken run leaves nothing half done. The same seed on the
-    same machine gives the same bytes and weights. Raises data.InputError when `folder` holds something else.
+    Built in a sibling folder and renamed at the end, so that a broken run leaves nothing half done. The same seed on
+    the same machine gives the same bytes and weights. Raises data.InputError when `folder` holds something else.
     """
     folder = Path(folder)
     sources = [Path(module.__file__).read_bytes() for module in (sys.modules[__name__], data, model)]
@@ -88,7 +88,8 @@ def prepare(folder, seed):
     rng = np.random.default_rng([seed, len(SPLITS)])
     questions = {split: data.read_questions(building / f"{split}.jsonl") for split in ("train", "dev")}
     tokenizer = build_tokenizer([f"{data.conversation(question, with_audio=False)[0]['content'][0]['text']} "
-                                 f"{demonstration(row, rng)}" for question, row in zip(questions["train"], rows["train"])])
+                                 f"{demonstration(row, rng)}"
+                                 for question, row in zip(questions["train"], rows["train"])])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         policy = model.make_policy(build_model(tokenizer), tokenizer, WhisperFeatureExtractor(feature_size=128))
@@ -258,13 +259,14 @@ def build_model(tokenizer):
     """The class of the 30B thinker, with random weights: 4 text layers, 1 audio layer, about 1.3 M parameters."""
     token = tokenizer.convert_tokens_to_ids
     config = Qwen3OmniMoeThinkerConfig(
-        audio_config=dict(d_model=96, encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=192, num_mel_bins=128,
-                          downsample_hidden_size=16, output_dim=128, n_window=50, n_window_infer=800),
+        audio_config=dict(d_model=96, encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=192,
+                          num_mel_bins=128, downsample_hidden_size=16, output_dim=128, n_window=50, n_window_infer=800),
         vision_config=dict(depth=1, hidden_size=16, num_heads=1, intermediate_size=16, out_hidden_size=128,
                            num_position_embeddings=16, deepstack_visual_indexes=[0]),
         text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=4, num_experts_per_tok=2,
-                         moe_intermediate_size=128, max_position_embeddings=1024, initializer_range=0.05,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=4,
+                         num_experts_per_tok=2, moe_intermediate_size=128, max_position_embeddings=1024,
+                         initializer_range=0.05,
                          rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[8, 4, 4],
                                               mrope_interleaved=True)),
         audio_token_id=token("<|audio_pad|>"), audio_start_token_id=token("<|audio_start|>"),
@@ -321,7 +323,7 @@ def teach(policy, prompts, rows, rng):
     """Teaches the decoder to answer from what it hears, then to prefer the prior.
 
     One rule: clean demonstrations until greedy accuracy on 128 dev questions reaches CLEAN_ENOUGH (looked at every 25
-    steps from 150 on, MOST_CLEAN_STEPS at most), then IMPERFECT_STEPS of imperfect ones, the learning rate falling to 0.
+    steps from 150 on, MOST_CLEAN_STEPS at most), then IMPERFECT_STEPS of imperfect ones, learning rate falling to 0.
     """
     parameters = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(parameters, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
@@ -330,7 +332,8 @@ def teach(policy, prompts, rows, rng):
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
         chosen = rng.choice(len(rows["train"]), size=48, replace=False)
         demonstrations = [demonstration(rows["train"][i], rng, **kind) for i in chosen]
-        loss = completion_loss(policy, [prompts["train"][i] for i in chosen], demonstrations, late_weight, conclusion_weight)
+        loss = completion_loss(policy, [prompts["train"][i] for i in chosen], demonstrations, late_weight,
+                               conclusion_weight)
         optimizer.zero_grad()
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
@@ -352,8 +355,8 @@ def teach(policy, prompts, rows, rng):
 
 def completion_loss(policy, prompts, demonstrations, late_weight, conclusion_weight):
     """Cross-entropy of the demonstrations, the concluding sound or number weighted by `conclusion_weight`, plus
-    `late_weight` times what a_t has above LATE_MASS after the caption: a large model brings the late-stage collapse from
-    its text pretraining, the toy has to be given it."""
+    `late_weight` times what a_t has above LATE_MASS after the caption: a large model brings the late-stage collapse
+    from its text pretraining, the toy has to be given it."""
     tokenizer = policy.tokenizer
     batch = policy.collate(prompts, [ids + [tokenizer.eos_token_id] for ids in tokenizer(demonstrations)["input_ids"]])
     layers = (policy.num_layers - 2, policy.num_layers - 1) if late_weight else ()

@@ -44,34 +44,40 @@ from rollout import sample
 
 @dataclass(frozen=True)
 class TrainConfig(MapoConfig):
-    """Everything a run is told. The fields of the equations come from MapoConfig; the rest is here. The defaults are the
-    paper's Table 5 where it has the value; (release) is the authors' code, (ours) a decision of this project."""
+    """Everything a run is told. The fields of the equations come from MapoConfig; the rest is here. The defaults are
+    the paper's Table 5 where it has the value; (release) is the authors' code, (ours) a decision of this project."""
 
     model: str = _described("", "folder of the checkpoint that starts π_θ, or `toy` for the embedded default (paper: "
                             "Qwen3-Omni-30B-A3B-Thinking)")
     data: str = _described("", "jsonl file of training questions, see data.py (paper: AVQA, then a 29k mixture)")
     data_format: str = _described("jsonl", "rows of data: `jsonl`, our own, or `avqa`, AVQA as R1-AQA writes it (ours)")
-    instruction: str = _described("", "text after the options in the prompt, for models told their format (ours; Appendix G)")
-    audio_root: str = _described("", "folder that the audio paths of avqa rows start from; empty is the file's own (ours)")
+    instruction: str = _described("", "text after the options in the prompt, for models told their format (ours; "
+                                  "Appendix G)")
+    audio_root: str = _described("", "folder that the audio paths of avqa rows start from; empty is the file's own "
+                                 "(ours)")
     eval_data: str = _described("", "jsonl file for greedy accuracy before and after training; empty is none (ours)")
     output_dir: str = _described("runs/run", "folder for everything a run writes (ours)")
     seed: int = _described(0, "seed of the data order, the sampling and new weights (ours)")
     max_steps: int = _described(800, "optimizer steps (release)")
     learning_rate: float = _described(1e-6, "peak learning rate of AdamW (release)")
-    warmup_ratio: float = _described(0.05, "share of the steps in the linear warm-up from 0, cosine to 0 follows (release)")
+    warmup_ratio: float = _described(0.05, "share of the steps in the linear warm-up from 0, cosine to 0 follows "
+                                     "(release)")
     adam_beta1: float = _described(0.9, "AdamW β1 (release)")
     adam_beta2: float = _described(0.95, "AdamW β2 (release)")
     weight_decay: float = _described(0.1, "AdamW weight decay, on matrices alone (release)")
     max_grad_norm: float = _described(1.0, "gradient-norm clip (release)")
     generation_batch_size: int = _described(768, "completions per generation batch (paper, Table 5)")
     steps_per_generation: int = _described(4, "optimizer steps per generation batch (paper, Table 5)")
-    micro_batch_size: int = _described(8, "completions per forward and backward; changes memory, not the gradient (ours)")
-    temperature: float = _described(1.2, "sampling temperature; π_θ, π_ref and π_text-ref are taken at it (paper, Table 5)")
+    micro_batch_size: int = _described(8, "completions per forward and backward; changes memory, not the gradient "
+                                       "(ours)")
+    temperature: float = _described(1.2, "sampling temperature; π_θ, π_ref and π_text-ref are taken at it (paper, "
+                                    "Table 5)")
     top_k: int = _described(50, "top-k of the sampler; 0 is off (paper, Table 5)")
     top_p: float = _described(0.99, "top-p of the sampler (paper, Table 5)")
     repetition_penalty: float = _described(1.0, "repetition penalty of the sampler (paper, Table 5)")
     max_new_tokens: int = _described(1200, "longest completion, tokens (release)")
-    mask_truncated: bool = _described(False, "leave completions cut at max_new_tokens out of every mean (ours; release: on)")
+    mask_truncated: bool = _described(False, "leave completions cut at max_new_tokens out of every mean (ours; "
+                                      "release: on)")
     target_layers: list[int] = field(default_factory=lambda: [43, 44, 45, 46, 47], metadata={
         "help": "L_tgt, decoder layers of a_t, 0-based (paper, Table 5)"})
     mass_interval: int = _described(10, "with eta 0, measure a_t (no gradient) every this many steps (ours)")
@@ -79,8 +85,8 @@ class TrainConfig(MapoConfig):
         "help": "λ_acc λ_format λ_cons of Eq. 6 (paper)"})
     format_style: str = _described("think", "`think`: <think>…</think> answer; `reasoning`: <reasoning>…</reasoning>"
                                         "<answer>…</answer> (paper, Appendix G)")
-    checker: str = _described("", "base URL of the OpenAI-compatible server of the consistency checker, or `rule` for the "
-                              "toy's rule; its key, if any, in CHECKER_API_KEY (paper: vLLM)")
+    checker: str = _described("", "base URL of the OpenAI-compatible server of the consistency checker, or `rule` for "
+                              "the toy's rule; its key, if any, in CHECKER_API_KEY (paper: vLLM)")
     checker_model: str = _described("Qwen3-30B-A3B-Instruct", "model name asked of the checker (paper)")
     lora_rank: int = _described(0, "LoRA rank; 0 trains all parameters of the decoder (release: 128)")
     lora_alpha: int = _described(512, "LoRA α (release)")
@@ -92,7 +98,8 @@ class TrainConfig(MapoConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("max_steps", "generation_batch_size", "steps_per_generation", "micro_batch_size", "max_new_tokens",
-                     "learning_rate", "temperature", "mass_interval", "max_grad_norm", "repetition_penalty", "lora_alpha"):
+                     "learning_rate", "temperature", "mass_interval", "max_grad_norm", "repetition_penalty",
+                     "lora_alpha"):
             self._check(name, self._number(name) > 0, "a finite number above 0")
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
             self._check(name, 0 <= self._number(name) < 1, "at least 0 and under 1")
@@ -107,8 +114,8 @@ class TrainConfig(MapoConfig):
             raise ValueError(f"generation_batch_size {self.generation_batch_size} is no multiple of group_size "
                              f"{self.group_size}")
         if self.generation_batch_size % self.steps_per_generation:
-            raise ValueError(f"generation_batch_size {self.generation_batch_size} is no multiple of steps_per_generation "
-                             f"{self.steps_per_generation}")
+            raise ValueError(f"generation_batch_size {self.generation_batch_size} is no multiple of "
+                             f"steps_per_generation {self.steps_per_generation}")
         for name, allowed in (("data_format", ("jsonl", "avqa")),
                               ("format_style", ("think", "reasoning")), ("rollout", ("local",)),
                               ("report_to", ("none", "tensorboard", "wandb"))):
@@ -162,7 +169,7 @@ def train(config):
 
 @dataclass
 class GenerationBatch:
-    """The completions of one iteration, group by group, and what is computed on them once. N = generation_batch_size."""
+    """The completions of an iteration, group by group, and what is computed on them once. N = generation_batch_size."""
 
     prompts: list  # [N] model.Prompt, each repeated G times
     completions: list  # [N] rollout.Completion
@@ -177,11 +184,12 @@ class GenerationBatch:
 
 
 def draw(questions, iteration, config):
-    """Line 2: the questions x = (x_text, x_audio) of an iteration. Epoch e is the e-th permutation of the data; a position
-    in the run fixes the question, so that nothing needs to be remembered."""
+    """Line 2: the questions x = (x_text, x_audio) of an iteration. Epoch e is the e-th permutation of the data; a
+    position in the run fixes the question, so that nothing needs to be remembered."""
     count = config.generation_batch_size // config.group_size
     places = [divmod(p, len(questions)) for p in range(iteration * count, (iteration + 1) * count)]  # (epoch, place)
-    orders = {epoch: torch.randperm(len(questions), generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
+    orders = {epoch: torch.randperm(len(questions),
+                                    generator=torch.Generator().manual_seed(config.seed * 1_000_003 + epoch))
               for epoch in {epoch for epoch, _ in places}}
     return [questions[orders[epoch][place]] for epoch, place in places]
 
@@ -196,7 +204,7 @@ def generate(policy, questions, config, iteration):
 
 
 def score(batch, policy, config):
-    """Line 4: r = λ_acc r_acc + λ_format r_format + λ_cons r_cons (Eq. 6), Â (Sec. 2); and the POS gates (Appendix E)."""
+    """Line 4: r = λ_acc r_acc + λ_format r_format + λ_cons r_cons (Eq. 6), Â (Sec. 2); the POS gates (Appendix E)."""
     batch.texts = [policy.text(c) for c in batch.completions]
     style = config.format_style
     accuracy = [accuracy_reward(text, p.question.answer, p.question.choices, style)
@@ -247,7 +255,7 @@ def freeze(batch, policy, reference, config, seconds):
 
 
 def update(policy, optimizer, batch, rows, config, measure):
-    """Lines 5–12 on the completions `rows`: one optimizer step. → metrics of the step, per-token Δh and a_t of each row.
+    """Lines 5–12 on the completions `rows`: one optimizer step. → its metrics, per-token Δh and a_t of each row.
 
     The loss of a micro-batch is a mean over its counted completions, so weighing it by their number gives the gradient
     of the whole step whatever micro_batch_size is.
@@ -277,8 +285,8 @@ def update(policy, optimizer, batch, rows, config, measure):
             ids = [batch.prompts[i].question.id for i in micro]
             raise FloatingPointError(f"the loss is {parts['loss'].item()} on the completions of {ids}")
         (parts["loss"] * share).backward()
-        collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, advantages, token_mask, loss_mask, share,
-                config)
+        collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, advantages, token_mask, loss_mask,
+                share, config)
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
     grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=True)
     optimizer.step()  # line 12
@@ -332,7 +340,7 @@ def collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, adv
     position = torch.arange(1, token_mask.shape[1] + 1, device=token_mask.device)
     late = token_mask & ((position - 1) * 3 >= 2 * token_mask.sum(dim=1, keepdim=True))
     ratio, sign = (now.logp - old_logp).exp(), advantages.sign()[:, None]
-    add("clip_fraction", ((ratio - 1) * sign > config.clip_ratio).float(), loss_mask)  # the clip holds the gradient back
+    add("clip_fraction", ((ratio - 1) * sign > config.clip_ratio).float(), loss_mask)  # the clip stops the gradient
     add("policy_entropy", now.entropy, token_mask)  # H_policy
     delta_h = None
     if text_ref_entropy is not None:
@@ -354,7 +362,7 @@ def collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, adv
 
 def batch_metrics(batch, rows, config):
     """Rewards by kind, lengths and the POS gate of a step's completions; the sampler's distance from π_old, a mean over
-    tokens, where the two are the same distribution: top-k, top-p and the repetition penalty make the sampler's another."""
+    tokens, where the two are one distribution: top-k, top-p and the repetition penalty make the sampler's another."""
     rows = list(rows)
     tokens, gap = lengths(batch, rows), None
     if config.top_k == 0 and config.top_p == 1 and config.repetition_penalty == 1:
@@ -435,8 +443,8 @@ def evaluate(policy, questions, config):
 
 
 def save_checkpoint(policy, folder):
-    """Writes a folder that transformers and load_policy read; beside it the adapter alone, for LoRA. Written in a sibling
-    and renamed, so that a broken run leaves no half checkpoint."""
+    """Writes a folder that transformers and load_policy read; beside it the adapter alone, for LoRA. Written in a
+    sibling and renamed, so that a broken run leaves no half checkpoint."""
     if hasattr(policy.model, "merge_and_unload"):
         policy.model.save_pretrained(folder.with_name("adapter"))
         policy.model = policy.model.merge_and_unload()
@@ -486,10 +494,10 @@ def plot_training(folder):
 
 
 def open_inputs(config):
-    """Reads and checks everything a run needs → questions, eval questions, policy. Raises InputError; writes nothing."""
+    """Reads and checks all a run needs → questions, eval questions, policy. Raises InputError; writes nothing."""
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training on several processes is not built yet; start "
-                         "train.py with python, not with torchrun on several ranks")
+        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training on several processes is not built yet; "
+                         "start train.py with python, not with torchrun on several ranks")
     for name in ("model", "data"):
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give --{name}, or a recipe that has it")
@@ -502,7 +510,8 @@ def open_inputs(config):
     if not existing.is_dir():
         raise InputError(f"output_dir {config.output_dir}: {existing} is a file; give a folder")
     if output_dir in (Path(config.model).resolve(), *Path(config.model).resolve().parents):
-        raise InputError(f"output_dir {config.output_dir} holds the model that this run starts from; give another folder")
+        raise InputError(f"output_dir {config.output_dir} holds the model that this run starts from; give another "
+                         "folder")
     if config.reward_weights[2] != 0 and config.checker != "rule":
         probe = {"think": "<think>2 is even.</think>even",
                  "reasoning": "<reasoning>2 is even.</reasoning><answer>even</answer>"}[config.format_style]
@@ -510,7 +519,8 @@ def open_inputs(config):
             check_consistency([probe], config)
         except CheckerError as error:
             raise InputError(f"checker: {error}") from error
-    questions = read_avqa(config.data, config.audio_root) if config.data_format == "avqa" else read_questions(config.data)
+    questions = (read_avqa(config.data, config.audio_root) if config.data_format == "avqa"
+                 else read_questions(config.data))
     eval_questions = read_questions(config.eval_data) if config.eval_data else []
     torch.manual_seed(config.seed)
     policy = load_policy(config.model)
@@ -529,8 +539,8 @@ def open_inputs(config):
 
 
 def make_reference(policy, config):
-    """→ a context manager that yields the frozen initial policy: π_ref and π_text-ref. Under LoRA it is the policy with its
-    adapters disabled, no copy; else a copy made now."""
+    """→ a context manager that yields the frozen initial policy: π_ref and π_text-ref. Under LoRA it is the policy with
+    its adapters disabled, no copy; else a copy made now."""
     if config.lora_rank:
         @contextlib.contextmanager
         def reference():

@@ -7,7 +7,7 @@ Every arm is `python train.py recipes/toy.yaml` with other flags. Then, for each
   accuracy   greedy, on the held-out test questions, before and after (train.py writes it)
   a_t        audio attention mass of each trained model on the SAME text, the warm start's greedy completions on the dev
              questions, teacher-forced: arms write different sentences, so their own completions cannot be compared
-  captions   how often the thinking names all sounds of the clip in order: a right answer does not prove a faithful caption
+  captions   how often the thinking names all sounds in order: a right answer does not prove a faithful caption
 Writes runs/study/table.md, docs/toy_attention.png and docs/toy_training.png.
 """
 
@@ -68,8 +68,8 @@ def run_arms(options):
         seed, arm = job
         folder = folder_of(options.out, seed, arm)
         folder.mkdir(parents=True, exist_ok=True)
-        run(["train.py", "recipes/toy.yaml", "--seed", str(seed), "--output_dir", str(folder), *ARMS[arm], *options.flags],
-            folder / "log.txt")
+        run(["train.py", "recipes/toy.yaml", "--seed", str(seed), "--output_dir", str(folder), *ARMS[arm],
+             *options.flags], folder / "log.txt")
 
     options.out.mkdir(parents=True, exist_ok=True)
     code = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True).stdout
@@ -132,8 +132,9 @@ def make_table(results):
         base = arms["mask only (η 0)"]["thirds"][2]
         for arm, r in arms.items():
             lines.append(f"| {seed} | {arm} | {r['accuracy']:.3f} | {r['format']:.3f} | {r['caption']:.3f} | "
-                         f"{r['completion_length']:.1f} | {r['a_t']:.3f} | {r['thirds'][0]:.3f} | {r['thirds'][2]:.3f} | "
-                         f"{r['thirds'][2] / base:.2f} | {r['thirds'][2] / r['thirds'][0]:.2f} |")
+                         f"{r['completion_length']:.1f} | {r['a_t']:.3f} | {r['thirds'][0]:.3f} | "
+                         f"{r['thirds'][2]:.3f} | {r['thirds'][2] / base:.2f} | "
+                         f"{r['thirds'][2] / r['thirds'][0]:.2f} |")
     return "\n".join(lines) + "\n"
 
 
@@ -157,7 +158,7 @@ def draw_attention(results, path):
 
 
 def draw_training(out, seeds, path, window=8):
-    """Accuracy, length (Fig. 4) and a_t of the policy's own completions (Fig. 5) over the steps, all seeds of an arm."""
+    """Accuracy, length (Fig. 4) and a_t of the policy's own completions (Fig. 5) over steps, all seeds of an arm."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(13.5, 3.8), layout="constrained")

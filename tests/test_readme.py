@@ -12,7 +12,8 @@ def table():
     """Rows (paper cell, code cell, names in it, test names) of the section "Paper ↔ code ↔ test"."""
     section = README.split("## Paper ↔ code ↔ test")[1].split("\n## ")[0]
     rows = [re.split(r"(?<!\\)\|", line.strip().strip("|")) for line in section.splitlines() if line.startswith("| ")]
-    return [(cells[0].strip(), cells[1].strip(), re.findall(r"`(\w+\.[\w.]+)`", cells[1]), re.findall(r"`(\w+\.\w+)`", cells[2]))
+    return [(cells[0].strip(), cells[1].strip(), re.findall(r"`(\w+\.[\w.]+)`", cells[1]),
+             re.findall(r"`(\w+\.\w+)`", cells[2]))
             for cells in rows if cells[0].strip() != "paper"]
 
 

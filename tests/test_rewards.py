@@ -345,7 +345,8 @@ def test_the_prompt_is_the_papers():
         "is to evaluate it against two specific failure modes. Thinking Process: {think_text} Final Answer: "
         "{answer_text} Respond “NO” ONLY if at least one of the following is true: 1. The conclusion reached in the "
         "thinking process does not agree with or contradicts the final answer. 2. The thinking process is visibly "
-        "incomplete or cut off prematurely. If neither of these failure modes is present, respond “YES”. Only output YES or NO.")
+        "incomplete or cut off prematurely. If neither of these failure modes is present, respond “YES”. Only output "
+        "YES or NO.")
 
 
 def test_order_is_kept_and_requests_overlap_within_the_bound(start_checker):

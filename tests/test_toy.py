@@ -1,4 +1,4 @@
-"""The toy world: deterministic, disjoint, answerable from its events; its rules; its tokenizer. (No warm start here.)"""
+"""The toy world: deterministic, disjoint, answerable from its events; its rules; its tokenizer. (No warm start.)"""
 
 import hashlib
 import json

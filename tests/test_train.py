@@ -41,7 +41,8 @@ def world(tmp_path_factory):
     """A folder with a tiny model and six questions, as a user would bring it."""
     folder = tmp_path_factory.mktemp("world")
     tiny.qwen3_omni(std=0.08).save(folder / "model")  # well conditioned: in fp32 sums of another order differ by 1e-7
-    rows = [{"id": q.id, "audio": q.audio[0].name, "question": q.question, "choices": list(q.choices), "answer": q.answer}
+    rows = [{"id": q.id, "audio": q.audio[0].name, "question": q.question, "choices": list(q.choices),
+             "answer": q.answer}
             for q in tiny.questions(folder, seconds=((0.7,), (1.3,), (0.25,), (0.5,), (1.0,), (0.4,)))]
     (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
@@ -49,10 +50,10 @@ def world(tmp_path_factory):
 
 def arguments(world, out, *more):
     """Flags of a short run: 4 steps of 8 completions, 2 a generation batch."""
-    flags = {"model": world / "model", "data": world / "train.jsonl", "output_dir": out, "max_steps": 4, "group_size": 4,
-             "generation_batch_size": 16, "steps_per_generation": 2, "micro_batch_size": 3, "temperature": 1.2, "top_k": 0,
-             "top_p": 1.0, "max_new_tokens": 12, "checker": "rule", "learning_rate": 1e-3,
-             "gradient_checkpointing": "false"}
+    flags = {"model": world / "model", "data": world / "train.jsonl", "output_dir": out, "max_steps": 4,
+             "group_size": 4, "generation_batch_size": 16, "steps_per_generation": 2, "micro_batch_size": 3,
+             "temperature": 1.2, "top_k": 0, "top_p": 1.0, "max_new_tokens": 12, "checker": "rule",
+             "learning_rate": 1e-3, "gradient_checkpointing": "false"}
     given = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
     return [*given, "--target_layers", "1", "2", *map(str, more)]
 
@@ -98,7 +99,8 @@ def gradient(policy, batch, config):
 
 
 @pytest.mark.parametrize("flags", [["--mask", "false", "--eta", "0"], ["--eta", "0"], ["--eta", "0.5"],
-                                   ["--eta", "0.5", "--mask_truncated", "true"]], ids=["grpo", "mask", "mapo", "truncated"])
+                                   ["--eta", "0.5", "--mask_truncated", "true"]],
+                         ids=["grpo", "mask", "mapo", "truncated"])
 def test_micro_batches_sum_to_the_same_gradient(world, tmp_path, flags):
     """Micro-batches of 1, 2, 5 or all: the same gradient and losses, 1e-6 relative in fp32."""
     config = replace(read_config(arguments(world, tmp_path, *flags, "--max_grad_norm", "1e9")), steps_per_generation=1)
@@ -112,7 +114,8 @@ def test_micro_batches_sum_to_the_same_gradient(world, tmp_path, flags):
     for size in (1, 2, 5):
         part, part_metrics = gradient(policy, batch, replace(config, micro_batch_size=size))
         assert (part - whole).norm() / whole.norm() < 1e-6
-        for name in ("loss", "policy_loss", "kl_loss", "attention_loss", "audio_mass_max", "omega_mean", "policy_entropy"):
+        for name in ("loss", "policy_loss", "kl_loss", "attention_loss", "audio_mass_max", "omega_mean",
+                     "policy_entropy"):
             assert part_metrics[name] == pytest.approx(metrics[name], rel=1e-5, abs=1e-7), name
 
 
@@ -143,7 +146,7 @@ def test_gradient_checkpointing_changes_nothing(world, tmp_path):
 
 
 def test_gradient_is_that_of_the_loss_by_finite_differences(world, tmp_path):
-    """A step along the gradient changes the reported loss by its squared norm: clipping, shares and detaching are right.
+    """A step along the gradient changes the reported loss by its squared norm: clipping, shares, detaching are right.
 
     Δh and ω̃ are live and detached, so the loss is compared with them held where they were: GRPO has none.
     """
@@ -199,8 +202,8 @@ def test_metrics_of_every_step(finished):
     """A line per optimizer step with everything that the curves of the paper need; nothing is NaN."""
     metrics = lines(finished / "metrics.jsonl")
     assert [m["step"] for m in metrics] == [1, 2, 3, 4]
-    expected = """loss policy_loss kl_loss attention_loss reward reward_accuracy reward_format reward_consistency accuracy
-        clip_fraction grad_norm learning_rate policy_entropy text_ref_entropy audio_mass_max audio_mass_mean
+    expected = """loss policy_loss kl_loss attention_loss reward reward_accuracy reward_format reward_consistency
+        accuracy clip_fraction grad_norm learning_rate policy_entropy text_ref_entropy audio_mass_max audio_mass_mean
         audio_mass_max_late audio_mass_mean_late omega_mean omega_square omega_capped pos_coverage pos_fallbacks
         completion_length truncated sampler_gap seconds_generate seconds_reward seconds_old seconds_reference
         seconds_text_reference seconds_update seconds_step""".split()
@@ -211,7 +214,8 @@ def test_metrics_of_every_step(finished):
         assert 0 <= m["audio_mass_mean"] <= m["audio_mass_max"] <= 1
     assert all(m["grad_norm"] > 1e-3 and m["zero_advantage"] < 1 and m["attention_loss"] > 0 for m in metrics)
     assert metrics[0]["sampler_gap"] < 0.02  # what banning the placeholders does; another temperature shows as 0.1
-    assert metrics[0]["clip_fraction"] == 0 and metrics[0]["kl_loss"] == pytest.approx(0, abs=1e-9)  # π_θ = π_old = π_ref
+    # π_θ = π_old = π_ref
+    assert metrics[0]["clip_fraction"] == 0 and metrics[0]["kl_loss"] == pytest.approx(0, abs=1e-9)
     assert metrics[2]["kl_loss"] > 1e-7 and metrics[2]["clip_fraction"] == 0  # a new π_old, and still the first π_ref
     assert [m["seconds_generate"] > 0 for m in metrics] == [True, False, True, False]
 
@@ -247,8 +251,8 @@ def test_mass_metrics_are_those_of_the_completions(finished):
 
 
 def test_draw_goes_through_the_data_by_epochs():
-    """Two questions an iteration: each of five stands once in an epoch, the next epoch has another order, and an iteration
-    is the same whether or not the ones before it were drawn."""
+    """Two questions an iteration: each of five stands once in an epoch, the next epoch has another order, and an
+    iteration is the same whether or not the ones before it were drawn."""
     config = TrainConfig(group_size=4, generation_batch_size=8, seed=3)
     questions = ["a", "b", "c", "d", "e"]
     drawn = [q for i in range(5) for q in train.draw(questions, i, config)]
@@ -258,8 +262,8 @@ def test_draw_goes_through_the_data_by_epochs():
 
 
 def test_frozen_quantities(world, tmp_path):
-    """π_old is the policy, π_ref the reference, both at the sampling temperature; H(π_text-ref) is the reference's, on the
-    text prompt. Against a forward of each, one completion at a time."""
+    """π_old is the policy, π_ref the reference, both at the sampling temperature; H(π_text-ref) is the reference's, on
+    the text prompt. Against a forward of each, one completion at a time."""
     config = replace(read_config(arguments(world, tmp_path)), steps_per_generation=1)
     policy, reference = model.load_policy(world / "model"), model.load_policy(world / "model")
     with torch.no_grad():
@@ -269,7 +273,8 @@ def test_frozen_quantities(world, tmp_path):
     train.freeze(batch, policy, lambda: contextlib.nullcontext(reference), config, defaultdict(float))
     for i in (0, 5, 15):
         prompt, ids = batch.prompts[i], batch.completions[i].token_ids
-        for ours, theirs, prompt_ids, audio in ((batch.old_logp, policy, prompt.ids, True), (batch.ref_logp, reference, prompt.ids, True),
+        for ours, theirs, prompt_ids, audio in ((batch.old_logp, policy, prompt.ids, True),
+                                                (batch.ref_logp, reference, prompt.ids, True),
                                                 (batch.text_ref_entropy, reference, prompt.text_ids, False)):
             inputs = {} if not audio else {"input_features": torch.stack(prompt.features),
                                            "feature_attention_mask": torch.ones(1, prompt.frames[0], dtype=torch.long)}
@@ -319,7 +324,7 @@ def test_eta_zero_measures_on_an_interval(world, tmp_path):
 
 
 def test_lora(world, tmp_path):
-    """LoRA: the reference is the policy with its adapters disabled; the checkpoint is merged, the adapter lies beside."""
+    """LoRA: the reference is the policy with adapters disabled; the checkpoint is merged, the adapter lies beside."""
     assert main(arguments(world, tmp_path, "--lora_rank", "4", "--lora_alpha", "8", "--learning_rate", "0.05")) == 0
     metrics = lines(tmp_path / "metrics.jsonl")
     assert metrics[0]["kl_loss"] == pytest.approx(0, abs=1e-9) and metrics[-1]["kl_loss"] > 0
@@ -407,7 +412,8 @@ def recipe(tmp_path, text):
 
 BAD_INPUT = {
     "malformed jsonl": (malformed, "bad.jsonl:1: not valid json"),
-    "missing audio": (lambda t, w: bad(t, w, audio="nowhere.wav"), r"bad.jsonl:2: audio file .*nowhere.wav does not exist"),
+    "missing audio": (lambda t, w: bad(t, w, audio="nowhere.wav"),
+                      r"bad.jsonl:2: audio file .*nowhere.wav does not exist"),
     "empty audio": (lambda t, w: bad(t, w, audio=write_wav(t / "empty.wav", [])), r"bad.jsonl:2: .*empty.wav is empty"),
     "NaN audio": (lambda t, w: bad(t, w, audio=write_wav(t / "nan.wav", [0.1, np.nan] * 800)), r"nan.wav: .*NaN"),
     "answer not a choice": (lambda t, w: bad(t, w, answer="a cat"), "bad.jsonl:2: answer 'a cat' is not among"),
@@ -419,15 +425,19 @@ BAD_INPUT = {
     "layers out of range": (lambda t, w: ["--target_layers", "2", "3"], "target_layers: 3 is out of range"),
     "placeholders and features": (two_placeholders, "chat template renders 2 audio placeholders"),
     "group of one": (lambda t, w: ["--group_size", "1"], "group_size is 1"),
-    "groups do not divide": (lambda t, w: ["--group_size", "5"], "generation_batch_size 16 is no multiple of group_size 5"),
+    "groups do not divide": (lambda t, w: ["--group_size", "5"],
+                             "generation_batch_size 16 is no multiple of group_size 5"),
     "steps do not divide": (lambda t, w: ["--steps_per_generation", "3"], "no multiple of steps_per_generation 3"),
     "unknown flag": (lambda t, w: ["--etta", "1"], "etta"),
     "a word for a number": (lambda t, w: ["--eta", "much"], "eta.*much"),
-    "choices that differ by a space": (lambda t, w: bad(t, w, choices=["a dog", "a dog ", "a cat"]), "holds an option twice"),
+    "choices that differ by a space": (lambda t, w: bad(t, w, choices=["a dog", "a dog ", "a cat"]),
+                                       "holds an option twice"),
     "not UTF-8": (latin, "bad.jsonl:1: not UTF-8"),
-    "a placeholder in a question": (lambda t, w: bad(t, w, question="What is <|audio_pad|>?"), "question q1: its text holds"),
+    "a placeholder in a question": (lambda t, w: bad(t, w, question="What is <|audio_pad|>?"),
+                                    "question q1: its text holds"),
     "a cut flac": (cut_flac, "bad.jsonl:2: .*cut.flac cannot be read"),
-    "a tensor of another shape": (lambda t, w: ["--model", edited_model(t, w, text=dict(hidden_size=16))], "cannot be loaded"),
+    "a tensor of another shape": (lambda t, w: ["--model", edited_model(t, w, text=dict(hidden_size=16))],
+                                  "cannot be loaded"),
     "weights missing": (no_weights, "model: cannot be loaded"),
     "output_dir under a file": (lambda t, w: ["--output_dir", w / "train.jsonl" / "out"], "train.jsonl is a file"),
     "output_dir holds the model": (lambda t, w: ["--output_dir", w], "holds the model that this run starts from"),
@@ -452,7 +462,8 @@ def test_bad_input(world, tmp_path, capsys, monkeypatch, make, message):
     assert not out.exists()
 
 
-@pytest.mark.parametrize("text, message", [("etta: 1\n", "bad.yaml: unknown field 'etta'"), ("- 1\n", "bad.yaml: a list"),
+@pytest.mark.parametrize("text, message", [("etta: 1\n", "bad.yaml: unknown field 'etta'"),
+                                           ("- 1\n", "bad.yaml: a list"),
                                            ("eta: [1\n", "bad.yaml: not valid yaml"),
                                            ("eta:\n", "bad.yaml: field 'eta' has no value")])
 def test_bad_recipe(world, tmp_path, capsys, text, message):
@@ -483,12 +494,13 @@ def test_every_field_has_its_source():
 
 def test_defaults_are_table_5():
     """Table 5 of the paper, and the release's values where it has none (written down here by hand)."""
-    table = dict(eta=0.1, tau_base=1.0, kappa=1.0, advantage_eps=0.1, attention_eps=0.1, mask_clip=5.0, prefactor_clip=3.0,
-                 target_layers=[43, 44, 45, 46, 47], beta=0.002, clip_ratio=0.2, group_size=8, generation_batch_size=768,
-                 steps_per_generation=4, temperature=1.2, top_k=50, top_p=0.99, repetition_penalty=1.0,
-                 reward_weights=[2.0, 1.0, 1.0], adam_beta1=0.9, adam_beta2=0.95, weight_decay=0.1, max_grad_norm=1.0,
-                 learning_rate=1e-6, warmup_ratio=0.05, max_steps=800, max_new_tokens=1200, fail_threshold=0.0,
-                 fail_gate_floor=0.1, mask=True, mask_truncated=False, advantage_floor=0.0)
+    table = dict(eta=0.1, tau_base=1.0, kappa=1.0, advantage_eps=0.1, attention_eps=0.1, mask_clip=5.0,
+                 prefactor_clip=3.0, target_layers=[43, 44, 45, 46, 47], beta=0.002, clip_ratio=0.2, group_size=8,
+                 generation_batch_size=768, steps_per_generation=4, temperature=1.2, top_k=50, top_p=0.99,
+                 repetition_penalty=1.0, reward_weights=[2.0, 1.0, 1.0], adam_beta1=0.9, adam_beta2=0.95,
+                 weight_decay=0.1, max_grad_norm=1.0, learning_rate=1e-6, warmup_ratio=0.05,
+                 max_steps=800, max_new_tokens=1200, fail_threshold=0.0, fail_gate_floor=0.1,
+                 mask=True, mask_truncated=False, advantage_floor=0.0)
     assert {name: getattr(TrainConfig(), name) for name in table} == table
 
 

@@ -73,7 +73,8 @@ def qwen2_5_omni(seed=0, dtype=torch.float32):
                           output_dim=32, n_window=100),
         vision_config=dict(depth=1, hidden_size=16, num_heads=1, intermediate_size=16, out_hidden_size=32),
         text_config=dict(vocab_size=len(tok), hidden_size=32, intermediate_size=32, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3,
+                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048,
+                         initializer_range=0.3,
                          rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[2, 1, 1])),
         audio_token_index=token("<|audio_pad|>"), audio_token_id=token("<|audio_pad|>"),
         audio_start_token_id=token("<|audio_start|>"), audio_end_token_id=token("<|audio_end|>"),
@@ -90,9 +91,11 @@ def qwen2_audio(seed=0, dtype=torch.float32):
     config = Qwen2AudioConfig(
         audio_config=dict(model_type="qwen2_audio_encoder", d_model=32, encoder_layers=1, encoder_attention_heads=2,
                           encoder_ffn_dim=32, num_mel_bins=128),
-        text_config=dict(model_type="qwen2", vocab_size=len(tok), hidden_size=32, intermediate_size=32, num_hidden_layers=3,
-                         num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=2048, initializer_range=0.3),
-        audio_token_index=tok.convert_tokens_to_ids("<|audio_pad|>"), audio_token_id=tok.convert_tokens_to_ids("<|audio_pad|>"))
+        text_config=dict(model_type="qwen2", vocab_size=len(tok), hidden_size=32, intermediate_size=32,
+                         num_hidden_layers=3, num_attention_heads=4, num_key_value_heads=2,
+                         max_position_embeddings=2048, initializer_range=0.3),
+        audio_token_index=tok.convert_tokens_to_ids("<|audio_pad|>"),
+        audio_token_id=tok.convert_tokens_to_ids("<|audio_pad|>"))
     model = Qwen2AudioForConditionalGeneration(config).to(dtype)
     return make_policy(model, tok, WhisperFeatureExtractor(feature_size=128))
 
