@@ -133,7 +133,7 @@ def train(config):
     optimizer, schedule = make_optimizer(policy, config)
     with open_log(config) as log:
         if eval_questions:
-            log("evaluation.jsonl", {"step": 0, **evaluate(policy, eval_questions, config)})
+            log("evaluation.jsonl", evaluate(policy, eval_questions, config, step=0))
         progress = tqdm(range(1, config.max_steps + 1), desc="train")
         for step in progress:  # line 1: an iteration of the paper is steps_per_generation of these
             started, part = time.perf_counter(), (step - 1) % config.steps_per_generation
@@ -162,9 +162,10 @@ def train(config):
                                  a_t=f"{metrics['audio_mass_max']:.3f}" if measure else "–",
                                  s=f"{metrics['seconds_step']:.1f}")
         if eval_questions:
-            log("evaluation.jsonl", {"step": config.max_steps, **evaluate(policy, eval_questions, config)})
+            log("evaluation.jsonl", evaluate(policy, eval_questions, config, step=config.max_steps))
     save_checkpoint(policy, Path(config.output_dir) / "checkpoint")
     plot_training(Path(config.output_dir))
+    print(f"{config.output_dir}: training.png, metrics.jsonl, completions.jsonl, checkpoint/")
 
 
 @dataclass
@@ -429,8 +430,8 @@ def timed(seconds, name):
     seconds[name] += time.perf_counter() - started
 
 
-def evaluate(policy, questions, config):
-    """Greedy accuracy, format and length on `questions` → dict of means, with the number of questions."""
+def evaluate(policy, questions, config, step):
+    """Greedy accuracy, format and length on `questions` → a record of evaluation.jsonl; prints it as well."""
     prompts = [policy.encode(q, config.instruction) for q in questions]
     completions = sample(policy, prompts, 1, temperature=0, seed=0, repetition_penalty=config.repetition_penalty,
                          max_new_tokens=config.max_new_tokens, progress=True)
@@ -438,8 +439,10 @@ def evaluate(policy, questions, config):
     accuracy = [accuracy_reward(t, q.answer, q.choices, config.format_style) for t, q in zip(texts, questions)]
     form = [format_reward(t, config.format_style, think_is_prefilled(policy, p)) for t, p in zip(texts, prompts)]
     n = len(questions)
-    return {"questions": n, "accuracy": sum(accuracy) / n, "format": sum(form) / n,
-            "completion_length": sum(len(c.token_ids) for c in completions) / n}
+    record = {"step": step, "questions": n, "accuracy": sum(accuracy) / n, "format": sum(form) / n,
+              "completion_length": sum(len(c.token_ids) for c in completions) / n}
+    print(f"step {step}: greedy accuracy {record['accuracy']:.3f}, format {record['format']:.3f} on {n} questions")
+    return record
 
 
 def save_checkpoint(policy, folder):
