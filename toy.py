@@ -48,10 +48,9 @@ CLEAN_ENOUGH = 0.8  # greedy accuracy at which the warm start goes over to imper
 EAR_STEPS = 200
 MOST_CLEAN_STEPS = 225
 IMPERFECT_STEPS = 80
-# The large model's attention leaves the audio late because it learnt to write from text alone. The toy has not: it is
+# A large model's attention leaves the audio late because it learnt to write from text alone. The toy has not: it is
 # given that habit by a penalty on the a_t that exceeds LATE_MASS after the caption, in the imperfect phase alone.
-LATE_MASS = 0.15  # a_t above this is penalised after the caption
-LATE_WEIGHT = 1.0  # weight of the warm start's penalty on late a_t
+LATE_MASS, LATE_WEIGHT = 0.15, 1.0
 LEARNING_RATE = 2.5e-3
 MAX_NEW_TOKENS = 64  # of the greedy looks at accuracy
 
@@ -75,7 +74,8 @@ def prepare(folder, seed):
     the same machine gives the same bytes and weights. Raises data.InputError when `folder` holds something else.
     """
     folder = Path(folder)
-    sources = [Path(module.__file__).read_bytes() for module in (sys.modules[__name__], data, model)]
+    used = (__name__, "data", "mapo", "model", "rewards", "rollout")  # what decides the questions and the weights
+    sources = [Path(sys.modules[name].__file__).read_bytes() for name in used]
     stamp = hashlib.sha256(b"".join([*sources, f"{seed} {torch.__version__}".encode()])).hexdigest()
     if folder.exists():
         if not (folder / "stamp").is_file():
@@ -355,8 +355,7 @@ def teach(policy, prompts, rows, rng):
 
 def completion_loss(policy, prompts, demonstrations, late_weight, conclusion_weight):
     """Cross-entropy of the demonstrations, the concluding sound or number weighted by `conclusion_weight`, plus
-    `late_weight` times what a_t has above LATE_MASS after the caption: a large model brings the late-stage collapse
-    from its text pretraining, the toy has to be given it."""
+    `late_weight` times what a_t has above LATE_MASS after the caption."""
     tokenizer = policy.tokenizer
     batch = policy.collate(prompts, [ids + [tokenizer.eos_token_id] for ids in tokenizer(demonstrations)["input_ids"]])
     layers = (policy.num_layers - 2, policy.num_layers - 1) if late_weight else ()

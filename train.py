@@ -462,8 +462,8 @@ def plot_training(folder):
     """training.png: the paper's curves of this run: accuracy and length (Fig. 4), a_t (Fig. 5)."""
     from matplotlib.figure import Figure  # slow to import, and only needed at the end
 
-    metrics = [json.loads(line) for line in open(folder / "metrics.jsonl", encoding="utf-8")]
-    evaluations = [json.loads(line) for line in open(folder / "evaluation.jsonl", encoding="utf-8")]
+    metrics, evaluations = ([json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+                            for name in ("metrics.jsonl", "evaluation.jsonl"))
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     accuracy, length, mass = figure.subplots(1, 3)
 

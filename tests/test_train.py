@@ -474,6 +474,18 @@ def test_bad_recipe(world, tmp_path, capsys, text, message):
     assert not (tmp_path / "out").exists()
 
 
+def test_missing_tagger_data(world, tmp_path, capsys, monkeypatch):
+    """Without NLTK's tagger data a run ends at the door, also before a toy world is built."""
+    def missing():
+        raise LookupError("no tagger data: pip install it")
+
+    monkeypatch.setattr(train, "load_tagger", missing)
+    for more in ((), ("--model", "toy")):
+        assert main(arguments(world, tmp_path / "runs" / "out", *more)) == 2
+        assert capsys.readouterr().err == "error: no tagger data: pip install it\n"
+    assert not (tmp_path / "runs").exists()
+
+
 @pytest.mark.parametrize("name", ["group of one", "a tensor of another shape"])
 def test_exit_code_of_the_command(world, tmp_path, name):
     """The real command line, where libraries may write to stderr as well: one line, exit code 2."""
