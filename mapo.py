@@ -94,6 +94,16 @@ def clipped_surrogate(logp, old_logp, advantages, clip_ratio):
     return -torch.minimum(ratio * advantage, ratio.clamp(1 - clip_ratio, 1 + clip_ratio) * advantage)
 
 
+def importance_weight(old_logp, sampler_logp, importance_clip):
+    """w_t = min( π_old(y_t) / μ(y_t), C ), detached: ℓ_t ← w_t·ℓ_t in Eq. 2.  (ours: the paper has no such weight)
+
+    Truncated importance sampling, the field's remedy where the completions come from another distribution μ than
+    π_old: another engine's arithmetic, weights of an earlier push, top-k and top-p.
+    old_logp, sampler_logp (log μ) [B, T] → [B, T]. Fill log-probs under padding with 0 first, as mapo_loss does.
+    """
+    return (old_logp - sampler_logp).exp().clamp(max=importance_clip).detach()
+
+
 def sequence_mean(per_sequence, mask):
     """1/G · Σ_g x⁽ᵍ⁾: the mean over completions, the outermost sum of Eqs. 2 and 4.
 
@@ -201,24 +211,29 @@ def kl_loss(logp, ref_logp, mask):
 
 
 def mapo_loss(*, logp, old_logp, ref_logp, advantages, mask, config, policy_entropy=None, text_ref_entropy=None,
-              audio_mass=None, pos_gate=None, accuracy_reward=None):
+              audio_mass=None, pos_gate=None, accuracy_reward=None, sampler_logp=None):
     """L_MAPO = L_PG(ω̃) + β·L_KL + η·L_attn.  (Eq. 5)
 
     logp (with gradient), old_logp, ref_logp, policy_entropy, text_ref_entropy, audio_mass (with gradient), pos_gate,
-    mask [B, T]; advantages, accuracy_reward [B]; config: a MapoConfig. With `config.mask` off (plain GRPO) ω̃ ≡ 1; with
+    mask [B, T]; advantages, accuracy_reward [B]; config: a MapoConfig; sampler_logp [B, T]: the log-probs that the
+    completions were sampled with, for `config.importance_clip` above 0 alone. With `config.mask` off (plain GRPO) ω̃ ≡ 1; with
     `config.eta` 0 the attention branch is not computed; what neither branch needs may be left out.
     Returns {"loss", "policy_loss", "kl_loss", "attention_loss"} (scalars; the last without η, 0 where off), "omega"
     [B, T], and "delta_h" [B, T] or None.
     Raises ValueError naming the input that a branch needs and did not get.
-    Needs differential_entropy, relevance_mask, clipped_surrogate, policy_loss, kl_loss, attention_loss.
+    Needs differential_entropy, relevance_mask, clipped_surrogate, importance_weight, policy_loss, kl_loss,
+    attention_loss.
     """
     needs = {"policy_entropy": config.mask or config.eta > 0, "text_ref_entropy": config.mask or config.eta > 0,
-             "audio_mass": config.eta > 0, "pos_gate": config.eta > 0, "accuracy_reward": config.eta > 0}
+             "audio_mass": config.eta > 0, "pos_gate": config.eta > 0, "accuracy_reward": config.eta > 0,
+             "sampler_logp": config.importance_clip > 0}
     given = {"policy_entropy": policy_entropy, "text_ref_entropy": text_ref_entropy, "audio_mass": audio_mass,
-             "pos_gate": pos_gate, "accuracy_reward": accuracy_reward}
+             "pos_gate": pos_gate, "accuracy_reward": accuracy_reward,
+             "sampler_logp": sampler_logp}
     missing = [name for name, needed in needs.items() if needed and given[name] is None]
     if missing:
-        raise ValueError(f"mapo_loss needs {', '.join(missing)} when mask is {config.mask} and eta is {config.eta}")
+        raise ValueError(f"mapo_loss needs {', '.join(missing)} when mask is {config.mask}, eta is {config.eta} and "
+                         f"importance_clip is {config.importance_clip}")
     logp, old_logp, ref_logp = (x.masked_fill(~mask, 0) for x in (logp, old_logp, ref_logp))
 
     delta_h = None
@@ -228,6 +243,8 @@ def mapo_loss(*, logp, old_logp, ref_logp, advantages, mask, config, policy_entr
     if config.mask:
         omega = relevance_mask(delta_h, mask, config.tau_base, config.mask_clip)  # Eq. 1
     surrogate = clipped_surrogate(logp, old_logp, advantages, config.clip_ratio)
+    if config.importance_clip > 0:  # ours; the paper's Eq. 2 has no such weight
+        surrogate = surrogate * importance_weight(old_logp, sampler_logp.masked_fill(~mask, 0), config.importance_clip)
     parts = {"policy_loss": policy_loss(surrogate, omega, mask),  # Eq. 2
              "kl_loss": kl_loss(logp, ref_logp, mask),
              "attention_loss": logp.new_zeros(())}
@@ -274,6 +291,8 @@ class MapoConfig:
     advantage_floor: float = _described(0.0, "floor of |Â| in Eq. 4 on failed completions; 0 is off (ours; 0.02 in "
                                         "the release)")
     beta: float = _described(0.002, "β, weight of the KL term (paper, Table 5)")
+    importance_clip: float = _described(0.0, "C of the truncated importance weight min(π_old/μ, C) in Eq. 2; 0 leaves "
+                                        "it out, 2 is usual (ours)")
 
     def __post_init__(self):
         if not isinstance(self.mask, bool):
@@ -282,7 +301,8 @@ class MapoConfig:
             raise ValueError(f"group_size is {self.group_size!r}: a group needs at least 2 completions")
         inf = float("inf")
         for name, low, high in (("clip_ratio", 0, 1), ("eta", 0, inf), ("kappa", 0, inf), ("beta", 0, inf),
-                                ("fail_threshold", -inf, inf), ("fail_gate_floor", 0, 1), ("advantage_floor", 0, inf)):
+                                ("fail_threshold", -inf, inf), ("fail_gate_floor", 0, 1), ("advantage_floor", 0, inf),
+                                ("importance_clip", 0, inf)):
             self._check(name, low <= self._number(name) <= high, f"a finite number from {low} to {high}")
         for name in ("tau_base", "mask_clip", "prefactor_clip", "advantage_eps", "attention_eps"):
             self._check(name, self._number(name) > 0, "a finite number above 0")

@@ -14,7 +14,9 @@ Nothing of size [T, vocabulary] or [heads, T, keys] is kept: logits are formed a
 the backward pass, and attention keeps its fused kernel, with the mass computed beside it in the target layers alone.
 """
 
+import copy
 import json
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -24,7 +26,8 @@ import torch
 from safetensors import SafetensorError
 from torch.utils.checkpoint import checkpoint
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForMultimodalLM,
-                          AutoTokenizer, WhisperFeatureExtractor)
+                          AutoTokenizer, Qwen2_5OmniForConditionalGeneration, Qwen3OmniMoeForConditionalGeneration,
+                          WhisperFeatureExtractor)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -51,6 +54,7 @@ class Prompt:
     text_ids: list[int]
     features: tuple[torch.Tensor, ...]  # log-mel, one [mel bins, F] a clip
     frames: tuple[int, ...]  # how many of the F frames of each clip are audio; the rest is padding
+    instruction: str = ""
 
 
 @dataclass(frozen=True)
@@ -73,9 +77,11 @@ class Batch:
 class Policy(torch.nn.Module):
     """An audio LLM with its tokenizer and feature extractor. `model` is the transformers model, or peft's wrapper."""
 
-    def __init__(self, model, tokenizer, feature_extractor):
+    def __init__(self, model, tokenizer, feature_extractor, folder=None, full_config=None):
         super().__init__()
         self.model, self.tokenizer, self.feature_extractor = model, tokenizer, feature_extractor
+        self.folder = folder  # the checkpoint that it was loaded from
+        self.full_config = full_config  # of the whole Omni model, when that is what the folder holds
         config = self.base.config
         self.audio_token_id = config.audio_token_id
         # Ids that stand for features. A sampled one would ask the next forward for audio that does not exist.
@@ -130,7 +136,7 @@ class Policy(torch.nn.Module):
 
         Raises InputError when the template does not render one placeholder a clip, or a clip cannot be read.
         """
-        features, frames = zip(*(self._log_mel(path) for path in question.audio))
+        features, frames = zip(*(self._log_mel(self.clip(path), path) for path in question.audio))
         rendered = self._render(question, instruction, with_audio=True)
         if rendered.count(self.audio_token_id) != len(features):
             raise InputError(f"question {question.id}: the chat template renders {rendered.count(self.audio_token_id)} "
@@ -143,23 +149,32 @@ class Policy(torch.nn.Module):
                              "encoder; pad it with silence or remove the question")
         counts = iter(counts)
         ids = [i for token in rendered for i in [token] * (next(counts) if token == self.audio_token_id else 1)]
-        return Prompt(question, ids, self._render(question, instruction, with_audio=False), features, frames)
+        return Prompt(question, ids, self._render(question, instruction, with_audio=False), features, frames,
+                      instruction)
 
     def _render(self, question, instruction, with_audio):
         messages = conversation(question, with_audio, instruction)
         return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=True,
                                                   return_dict=False)
 
-    def _log_mel(self, path):
-        """Path → (log-mel [mel bins, F], frames). 16 kHz, 10 ms hop: 100 frames a second. One clip at a time, so that
-        the features of a clip do not depend on its neighbours in a batch."""
-        samples, extractor, family = load_audio(path), self.feature_extractor, self.base.config.model_type
-        # Qwen3-Omni's encoder pads its chunks of 1 s to the longest chunk of the batch, so that a shorter clip would
-        # depend on its neighbours: such a clip gets silence up to 1 s. Elsewhere the centred STFT, which reflects half
-        # a window at the edges, needs one sample more than that.
-        least = SAMPLE_RATE if family.startswith("qwen3_omni_moe") else extractor.n_fft // 2 + 1
-        samples = np.pad(samples, (0, max(0, least - len(samples))))
-        fixed = family == "qwen2_audio"  # its encoder takes windows of 30 s, no other length
+    def clip(self, path):
+        """Path → float32 [samples] at 16 kHz, as the encoder hears it, here and in a server: with silence at its end.
+
+        Qwen3-Omni: up to 1 s, for its encoder pads chunks of 1 s to the longest chunk of the batch, and a shorter clip
+        would depend on its neighbours; and up to a whole frame of 10 ms, as vLLM does for every clip. Elsewhere up to
+        what the centred STFT needs, which reflects half a window at the edges.
+        """
+        samples, extractor, least = load_audio(path), self.feature_extractor, self.feature_extractor.n_fft // 2 + 1
+        if self.base.config.model_type.startswith("qwen3_omni_moe"):
+            frames = -(-len(samples) // extractor.hop_length)  # ⌈N / 160⌉
+            least = max(SAMPLE_RATE, frames * extractor.hop_length)
+        return np.pad(samples, (0, max(0, least - len(samples))))
+
+    def _log_mel(self, samples, path):
+        """Samples → (log-mel [mel bins, F], frames). 16 kHz, 10 ms hop: 100 frames a second. One clip at a time, so
+        that the features of a clip do not depend on its neighbours in a batch."""
+        extractor = self.feature_extractor
+        fixed = self.base.config.model_type == "qwen2_audio"  # its encoder takes windows of 30 s, no other length
         if fixed and len(samples) > extractor.n_samples:
             raise InputError(f"{path}: {len(samples) / SAMPLE_RATE:.1f} s, and Qwen2-Audio takes at most "
                              f"{extractor.n_samples / SAMPLE_RATE:.0f} s; cut the clip")
@@ -203,11 +218,48 @@ class Policy(torch.nn.Module):
         """A rollout.Completion → its text, without special tokens."""
         return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
 
+    def weights(self):
+        """name → tensor of the transformers model; under LoRA W + (α/r)·B·A, and no adapters."""
+        if self.model is self.base:
+            return self.base.state_dict()
+        merged = {}
+        for name, tensor in self.base.state_dict().items():
+            module_name, _, leaf = name.partition(".base_layer.")
+            if leaf == "weight":
+                tensor = tensor + self.base.get_submodule(module_name).get_delta_weight("default")
+            if ".lora_" not in name:
+                merged[name.replace(".base_layer.", ".")] = tensor
+        return merged
+
     def save(self, folder):
-        """Writes model (safetensors), tokenizer, chat template and feature extractor: a folder load_policy reads."""
-        self.base.save_pretrained(folder)
-        self.tokenizer.save_pretrained(folder)
-        self.feature_extractor.save_pretrained(folder)
+        """Writes the folder of a checkpoint in its original layout, LoRA merged: load_policy, transformers, vLLM read it.
+
+        An Omni thinker is written as the whole Omni model without its talker: keys `thinker.*`, audio output off.
+        Tokenizer, chat template and processor files are those of the folder that the policy was loaded from.
+        """
+        folder, weights, whole = Path(folder), self.weights(), WHOLE_MODEL.get(self.base.config.model_type)
+        if whole is None:
+            self.base.save_pretrained(folder, state_dict=weights)
+        else:
+            config = copy.deepcopy(self.full_config) or whole.config_class()
+            config.thinker_config, config.enable_audio_output, config.dtype = self.base.config, False, self.base.dtype
+            with torch.device("meta"):
+                shell = whole(config)  # names and configuration alone
+            shell.generation_config = self.base.generation_config
+            shell.save_pretrained(folder, state_dict={f"thinker.{name}": tensor for name, tensor in weights.items()})
+        if self.folder is None:
+            self.tokenizer.save_pretrained(folder)
+            self.feature_extractor.save_pretrained(folder)
+            return
+        written = ("config.json", "generation_config.json")
+        for file in self.folder.iterdir():
+            if file.suffix in (".json", ".jinja", ".txt") and file.name not in written and "safetensors" not in file.name:
+                shutil.copyfile(file, folder / file.name)
+
+
+# The checkpoints on the hub hold the whole Omni model; their thinker is what we train.
+WHOLE_MODEL = {"qwen3_omni_moe_thinker": Qwen3OmniMoeForConditionalGeneration,
+               "qwen2_5_omni_thinker": Qwen2_5OmniForConditionalGeneration}
 
 
 def positions(attention_mask):
@@ -363,8 +415,8 @@ def load_policy(folder, dtype=torch.float32):
 
 
 def _load(folder, dtype):
-    config = AutoConfig.from_pretrained(folder, local_files_only=True)
-    config = getattr(config, "thinker_config", config)
+    full_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = getattr(full_config, "thinker_config", full_config)
     if getattr(config, "audio_token_id", None) is None:
         raise InputError(f"{folder}/config.json: no audio_token_id ({config.model_type}); an audio language model "
                          "is needed")
@@ -382,13 +434,14 @@ def _load(folder, dtype):
         if not (folder / "chat_template.json").is_file():
             raise InputError(f"{folder}: no chat template (chat_template.jinja or .json); copy it from the original")
         tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
-    return make_policy(model, tokenizer, WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True))
+    return make_policy(model, tokenizer, WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True), folder,
+                       full_config if config is not full_config else None)
 
 
-def make_policy(model, tokenizer, feature_extractor):
+def make_policy(model, tokenizer, feature_extractor, folder=None, full_config=None):
     """Policy around a transformers model, our attention function in its text decoder (the encoder keeps its own)."""
     model.set_attn_implementation({"text_config": "audio_mass"})
-    return Policy(model, tokenizer, feature_extractor).eval()
+    return Policy(model, tokenizer, feature_extractor, folder, full_config).eval()
 
 
 def check_policy(policy, questions, target_layers):

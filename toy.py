@@ -92,7 +92,7 @@ def prepare(folder, seed):
                                  for question, row in zip(questions["train"], rows["train"])])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        policy = model.make_policy(build_model(tokenizer), tokenizer, WhisperFeatureExtractor(feature_size=128))
+        policy = model.make_policy(build_model(tokenizer), tokenizer, WhisperFeatureExtractor(feature_size=128, **IMAGES))
         prompts = {split: [policy.encode(q) for q in tqdm(questions[split], desc="toy: features", leave=False)]
                    for split in questions}
         train_ears(policy, prompts["train"], rows["train"], rng)
@@ -225,6 +225,11 @@ def demonstration(row, rng, listening=1.0, slip=0.0):
 
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", "<|audio_start|>", "<|audio_end|>", "<|audio_pad|>",
            "<|vision_start|>", "<|vision_end|>", "<|image_pad|>", "<|video_pad|>")
+MARKERS = {"audio_token": "<|audio_pad|>", "audio_bos_token": "<|audio_start|>", "audio_eos_token": "<|audio_end|>",
+           "image_token": "<|image_pad|>", "video_token": "<|video_pad|>", "vision_bos_token": "<|vision_start|>",
+           "vision_eos_token": "<|vision_end|>"}
+IMAGES = {"processor_class": "Qwen3OmniMoeProcessor", "image_processor_type": "Qwen2VLImageProcessor", "patch_size": 16,
+          "merge_size": 2, "temporal_patch_size": 2}  # unused here; a vLLM server asks for them
 CHAT_TEMPLATE = """{%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\n' }}
 {%- if message.content is string %}{{- message.content }}
@@ -249,7 +254,7 @@ def build_tokenizer(texts):
     learnt = json.loads(bpe.to_str())["model"]
     tokenizer = Qwen2Tokenizer(vocab=learnt["vocab"], merges=[tuple(merge) for merge in learnt["merges"]],
                                eos_token="<|im_end|>", pad_token="<|endoftext|>", extra_special_tokens=list(SPECIAL),
-                               padding_side="left")
+                               padding_side="left", model_specific_special_tokens=MARKERS)
     tokenizer.add_tokens([AddedToken(tag, special=False) for tag in ("<think>", "</think>")])  # decoding keeps them
     tokenizer.chat_template = CHAT_TEMPLATE
     return tokenizer
@@ -262,11 +267,12 @@ def build_model(tokenizer):
         audio_config=dict(d_model=96, encoder_layers=1, encoder_attention_heads=4, encoder_ffn_dim=192,
                           num_mel_bins=128, downsample_hidden_size=16, output_dim=128, n_window=50, n_window_infer=800),
         vision_config=dict(depth=1, hidden_size=16, num_heads=1, intermediate_size=16, out_hidden_size=128,
-                           num_position_embeddings=16, deepstack_visual_indexes=[0]),
+                           num_position_embeddings=16, deepstack_visual_indexes=[0], image_size=64,
+                           apply_vit_abs_pos_embed=True),
         text_config=dict(vocab_size=len(tokenizer), hidden_size=128, intermediate_size=256, num_hidden_layers=4,
                          num_attention_heads=4, num_key_value_heads=2, head_dim=32, num_experts=4,
                          num_experts_per_tok=2, moe_intermediate_size=128, max_position_embeddings=1024,
-                         initializer_range=0.05,
+                         initializer_range=0.05, tie_word_embeddings=False,
                          rope_parameters=dict(rope_type="default", rope_theta=10000.0, mrope_section=[8, 4, 4],
                                               mrope_interleaved=True)),
         audio_token_id=token("<|audio_pad|>"), audio_start_token_id=token("<|audio_start|>"),

@@ -6,7 +6,7 @@
 
 A recipe is a yaml file of fields; flags after it override. A run writes into output_dir: config.yaml, metrics.jsonl (a
 line per optimizer step), completions.jsonl (a line per completion), evaluation.jsonl (greedy accuracy on eval_data),
-training.png, and checkpoint/, a folder that transformers loads.
+training.png, and checkpoint/, a folder that transformers and vLLM load.
 
 The names of the paper: one *iteration* of Algorithm 1 is one generation batch here; its completions are split over
 `steps_per_generation` optimizer steps, as in the paper (768 completions, 4 steps of 192).
@@ -23,6 +23,7 @@ import shutil
 import sys
 import time
 from collections import defaultdict
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -35,11 +36,11 @@ from transformers.utils import logging as transformers_logging
 
 from data import InputError, read_avqa, read_questions
 from mapo import MapoConfig, _described, audio_attention_mass, differential_entropy, group_advantages, mapo_loss
-from model import add_lora, check_policy, load_policy
+from model import WHOLE_MODEL, add_lora, check_policy, load_policy
 from pos_gate import load_tagger, pos_gate_batch
 from rewards import (CheckerError, accuracy_reward, consistency_rewards, format_reward, rule_consistency_rewards,
                      total_reward)
-from rollout import sample
+from rollout import RolloutError, Server, check_push, push_weights, sample
 
 
 @dataclass(frozen=True)
@@ -85,21 +86,34 @@ class TrainConfig(MapoConfig):
         "help": "λ_acc λ_format λ_cons of Eq. 6 (paper)"})
     format_style: str = _described("think", "`think`: <think>…</think> answer; `reasoning`: <reasoning>…</reasoning>"
                                         "<answer>…</answer> (paper, Appendix G)")
-    checker: str = _described("", "base URL of the OpenAI-compatible server of the consistency checker, or `rule` for "
-                              "the toy's rule; its key, if any, in CHECKER_API_KEY (paper: vLLM)")
+    checker: str = _described("", "the consistency checker: base URL of an OpenAI-compatible server (its key, if any, "
+                              "in CHECKER_API_KEY), the folder of a model to start vLLM on, or `rule` for the toy's rule "
+                              "(paper: vLLM)")
     checker_model: str = _described("Qwen3-30B-A3B-Instruct", "model name asked of the checker (paper)")
     lora_rank: int = _described(0, "LoRA rank; 0 trains all parameters of the decoder (release: 128)")
     lora_alpha: int = _described(512, "LoRA α (release)")
     freeze_audio_tower: bool = _described(True, "keep the audio encoder and its projection as they are (ours)")
     gradient_checkpointing: bool = _described(True, "recompute activations in the backward pass (ours)")
-    rollout: str = _described("local", "where completions are sampled: `local`, in this process (ours)")
+    rollout: str = _described("local", "where completions are sampled: `local`, in this process, or `vllm`, on a vLLM "
+                              "server (paper)")
+    vllm_python: str = _described(".venv-vllm/bin/python", "interpreter of the environment that has vLLM, as `make vllm` "
+                                  "builds it; relative to train.py (ours)")
+    vllm_url: str = _described("", "a vLLM server that runs already, in place of one of our own; its key in "
+                               "VLLM_API_KEY (ours)")
+    vllm_flags: str = _described("", "more flags of vLLM's for the rollout server, in one string (ours)")
+    checker_flags: str = _described("", "more flags of vLLM's for the checker's server, in one string (ours)")
+    async_rollouts: bool = _described(False, "sample the next generation batch while this one trains; its weights are "
+                                      "then one push old (ours)")
+    check_push_every: int = _described(10, "compare the server's log-probs with the trainer's at the start, after the "
+                                       "first push and after every so many (ours)")
+    max_push_gap: float = _described(0.1, "mean difference of those log-probs that stops the run, nats a token (ours)")
     report_to: str = _described("none", "`tensorboard` or `wandb` through accelerate's trackers, or `none` (ours)")
 
     def __post_init__(self):
         super().__post_init__()
         for name in ("max_steps", "generation_batch_size", "steps_per_generation", "micro_batch_size", "max_new_tokens",
                      "learning_rate", "temperature", "mass_interval", "max_grad_norm", "repetition_penalty",
-                     "lora_alpha"):
+                     "lora_alpha", "check_push_every", "max_push_gap"):
             self._check(name, self._number(name) > 0, "a finite number above 0")
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
             self._check(name, 0 <= self._number(name) < 1, "at least 0 and under 1")
@@ -117,10 +131,12 @@ class TrainConfig(MapoConfig):
             raise ValueError(f"generation_batch_size {self.generation_batch_size} is no multiple of "
                              f"steps_per_generation {self.steps_per_generation}")
         for name, allowed in (("data_format", ("jsonl", "avqa")),
-                              ("format_style", ("think", "reasoning")), ("rollout", ("local",)),
+                              ("format_style", ("think", "reasoning")), ("rollout", ("local", "vllm")),
                               ("report_to", ("none", "tensorboard", "wandb"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: one of {', '.join(allowed)}")
+        if self.async_rollouts and self.rollout != "vllm":
+            raise ValueError("async_rollouts needs rollout vllm: in one process sampling and training take turns")
 
 
 # ────────────────────────────────────────────────────── Algorithm 1 ───────────────────────────────────────────────────
@@ -129,21 +145,22 @@ class TrainConfig(MapoConfig):
 def train(config):
     """Runs Algorithm 1 and writes output_dir. Raises InputError at the door, before anything is written."""
     questions, eval_questions, policy = open_inputs(config)
-    reference = make_reference(policy, config)  # π_ref and π_text-ref, the frozen start of π_θ
-    optimizer, schedule = make_optimizer(policy, config)
-    with open_log(config) as log:
+    with (open_log(config) as log,
+          open_servers(config, policy, [*questions, *eval_questions]) as (server, checker)):  # they load meanwhile
+        reference = make_reference(policy, config)  # π_ref and π_text-ref, the frozen start of π_θ
+        optimizer, schedule = make_optimizer(policy, config)
         if eval_questions:
-            log("evaluation.jsonl", evaluate(policy, eval_questions, config, step=0))
+            log("evaluation.jsonl", evaluate(policy, eval_questions, config, 0, server))
+        batches = generation_batches(policy, questions, config, server)
         progress = tqdm(range(1, config.max_steps + 1), desc="train")
         for step in progress:  # line 1: an iteration of the paper is steps_per_generation of these
             started, part = time.perf_counter(), (step - 1) % config.steps_per_generation
             seconds = defaultdict(float)  # a generation batch is counted in the step that waited for it
             if part == 0:
-                iteration = (step - 1) // config.steps_per_generation
                 with timed(seconds, "generate"):
-                    batch = generate(policy, draw(questions, iteration, config), config, iteration)  # lines 2, 3
+                    batch = next(batches)  # lines 2, 3
                 with timed(seconds, "reward"):
-                    score(batch, policy, config)  # line 4: r(x, y) and Â
+                    score(batch, policy, config, checker)  # line 4: r(x, y) and Â
                 freeze(batch, policy, reference, config, seconds)  # π_old, π_ref and π_text-ref on these tokens
             size = config.generation_batch_size // config.steps_per_generation
             rows = range(part * size, (part + 1) * size)
@@ -151,9 +168,13 @@ def train(config):
             with timed(seconds, "update"):
                 metrics, per_token = update(policy, optimizer, batch, rows, config, measure)  # lines 5–12
             metrics = {"step": step, "learning_rate": schedule.get_last_lr()[0], **metrics,
+                       "weight_version": batch.weight_version,
+                       "generation_tokens_per_second": batch.tokens_per_second if part == 0 else None,
+                       "seconds_push": batch.seconds_push if part == 0 else 0.0,
                        **{f"seconds_{name}": seconds[name] for name in
                           ("generate", "reward", "old", "reference", "text_reference", "update")},
                        "seconds_step": time.perf_counter() - started}
+            metrics["wait_fraction"] = metrics["seconds_generate"] / metrics["seconds_step"]  # of the trainer's time
             schedule.step()
             log("metrics.jsonl", metrics)
             for row, delta_h, audio_mass in zip(rows, per_token["delta_h"], per_token["audio_mass"], strict=True):
@@ -162,7 +183,7 @@ def train(config):
                                  a_t=f"{metrics['audio_mass_max']:.3f}" if measure else "–",
                                  s=f"{metrics['seconds_step']:.1f}")
         if eval_questions:
-            log("evaluation.jsonl", evaluate(policy, eval_questions, config, step=config.max_steps))
+            log("evaluation.jsonl", evaluate(policy, eval_questions, config, config.max_steps, server))
     save_checkpoint(policy, Path(config.output_dir) / "checkpoint")
     plot_training(Path(config.output_dir))
     print(f"{config.output_dir}: training.png, metrics.jsonl, completions.jsonl, checkpoint/")
@@ -174,6 +195,9 @@ class GenerationBatch:
 
     prompts: list  # [N] model.Prompt, each repeated G times
     completions: list  # [N] rollout.Completion
+    weight_version: int  # of the weights that sampled them: the optimizer steps that these had seen
+    seconds_push: float  # time that the push of these weights took
+    tokens_per_second: float  # of sampling
     texts: list = None  # [N] str
     rewards: dict = None  # name → [N]: accuracy, format, consistency, total (Eq. 6)
     advantages: torch.Tensor = None  # [N]
@@ -195,23 +219,72 @@ def draw(questions, iteration, config):
     return [questions[orders[epoch][place]] for epoch, place in places]
 
 
-def generate(policy, questions, config, iteration):
-    """Line 3: G completions y ~ π_θ(· | x) of every question."""
-    prompts = [policy.encode(question, config.instruction) for question in questions]
+def generation_batches(policy, questions, config, server):
+    """Lines 2 and 3 for every iteration: yields its GenerationBatch, sampled with the weights it starts from.
+
+    async_rollouts: batch i + 1 is sampled while batch i trains, with the weights that batch i starts from. It is then
+    one push stale when its turn comes; π_old of the clipped ratio is the trainer's own at that time, and
+    importance_clip corrects for the rest.
+    """
+    count = math.ceil(config.max_steps / config.steps_per_generation)
+
+    def prompts_of(iteration):
+        return [policy.encode(question, config.instruction) for question in draw(questions, iteration, config)]
+
+    if not config.async_rollouts:
+        for i in range(count):
+            prompts = prompts_of(i)
+            yield generate(policy, prompts, config, i, server, push(server, policy, config, i, prompts))
+        return
+    pool = ThreadPoolExecutor(1)  # its thread does HTTP alone; policy and tokenizer stay with this one
+    try:
+        prompts = prompts_of(0)
+        ahead = pool.submit(generate, policy, prompts, config, 0, server, push(server, policy, config, 0, prompts))
+        for i in range(count):
+            batch = ahead.result()
+            if i + 1 < count:
+                prompts = prompts_of(i + 1)
+                seconds = push(server, policy, config, i, prompts) if i else 0.0
+                ahead = pool.submit(generate, policy, prompts, config, i + 1, server, seconds)
+            yield batch
+    finally:
+        pool.shutdown(wait=False, cancel_futures=True)
+
+
+def push(server, policy, config, iteration, prompts):
+    """The weights that an iteration starts from → the rollout server, when it does not hold them; compares log-probs at
+    the start, after the first push and after every check_push_every. → seconds"""
+    if server is None:
+        return 0.0
+    started, version = time.perf_counter(), iteration * config.steps_per_generation
+    if server.version != version:
+        push_weights(server, policy, Path(config.output_dir) / "weights", version)
+    if iteration <= 1 or iteration % config.check_push_every == 0:
+        check_push(server, policy, prompts[:4], temperature=config.temperature, max_gap=config.max_push_gap,
+                   seed=config.seed)
+    return time.perf_counter() - started
+
+
+def generate(policy, prompts, config, iteration, server, seconds_push):
+    """Line 3: G completions y ~ π_θ(· | x) of every prompt."""
+    version = iteration * config.steps_per_generation if server is None else server.version
+    started = time.perf_counter()
     completions = sample(policy, prompts, config.group_size, temperature=config.temperature, top_k=config.top_k,
                          top_p=config.top_p, repetition_penalty=config.repetition_penalty,
-                         max_new_tokens=config.max_new_tokens, seed=config.seed * 1_000_003 + iteration)
-    return GenerationBatch([p for p in prompts for _ in range(config.group_size)], completions)
+                         max_new_tokens=config.max_new_tokens, seed=config.seed * 1_000_003 + iteration, server=server)
+    tokens_per_second = sum(len(c.token_ids) for c in completions) / (time.perf_counter() - started)
+    return GenerationBatch([p for p in prompts for _ in range(config.group_size)], completions, version, seconds_push,
+                           tokens_per_second)
 
 
-def score(batch, policy, config):
+def score(batch, policy, config, checker=None):
     """Line 4: r = λ_acc r_acc + λ_format r_format + λ_cons r_cons (Eq. 6), Â (Sec. 2); the POS gates (Appendix E)."""
     batch.texts = [policy.text(c) for c in batch.completions]
     style = config.format_style
     accuracy = [accuracy_reward(text, p.question.answer, p.question.choices, style)
                 for text, p in zip(batch.texts, batch.prompts)]
     form = [format_reward(text, style, think_is_prefilled(policy, p)) for text, p in zip(batch.texts, batch.prompts)]
-    consistency = check_consistency(batch.texts, config)
+    consistency = check_consistency(batch.texts, config, checker)
     total = [total_reward(a, f, c, config.reward_weights) for a, f, c in zip(accuracy, form, consistency, strict=True)]
     batch.rewards = {"accuracy": torch.tensor(accuracy), "format": torch.tensor(form),
                      "consistency": torch.tensor(consistency), "total": torch.tensor(total)}
@@ -225,13 +298,24 @@ def think_is_prefilled(policy, prompt):
     return policy.tokenizer.decode(prompt.text_ids[-8:]).rstrip().endswith("<think>")
 
 
-def check_consistency(texts, config):
+def check_consistency(texts, config, checker=None):
+    """r_cons of each completion (Appendix B). checker: the Server that was started on `config.checker`, if it was."""
     if config.reward_weights[2] == 0:  # nobody is asked; the metrics say null
         return [0.0] * len(texts)
     if config.checker == "rule":
         return rule_consistency_rewards(texts, format_style=config.format_style)
-    return consistency_rewards(texts, url=config.checker, model=config.checker_model, format_style=config.format_style,
-                               api_key=os.environ.get("CHECKER_API_KEY"))
+    if checker is None:
+        return consistency_rewards(texts, url=config.checker, model=config.checker_model,
+                                   format_style=config.format_style, api_key=os.environ.get("CHECKER_API_KEY"))
+    while True:
+        checker.wait()
+        try:
+            return consistency_rewards(texts, url=f"{checker.url}/v1", model=config.checker_model,
+                                       format_style=config.format_style, api_key=checker.key)
+        except CheckerError as error:
+            if checker.process.poll() is None:
+                raise
+            checker.recover(f"ended ({error})")
 
 
 @torch.no_grad()
@@ -280,6 +364,7 @@ def update(policy, optimizer, batch, rows, config, measure):
             policy_entropy=now.entropy,  # live: Δh is that of this update (line 6)
             text_ref_entropy=text_ref_entropy, audio_mass=mass,
             pos_gate=pad([torch.tensor(batch.pos_gates[i]) for i in micro], policy),
+            sampler_logp=pad([torch.tensor(batch.completions[i].logps) for i in micro], policy),
             accuracy_reward=batch.rewards["accuracy"][list(micro)].to(policy.device))  # lines 8–11
         share = sum(counted[i] for i in micro) / max(1, sum(counted.values()))
         if not torch.isfinite(parts["loss"]):
@@ -362,13 +447,14 @@ def collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, adv
 
 
 def batch_metrics(batch, rows, config):
-    """Rewards by kind, lengths and the POS gate of a step's completions; the sampler's distance from π_old, a mean over
-    tokens, where the two are one distribution: top-k, top-p and the repetition penalty make the sampler's another."""
+    """Rewards by kind, lengths and the POS gate of a step's completions, and the sampler's distance from π_old: the mean
+    of |log π_old − log μ| over tokens, and the effective sample size of w = π_old/μ, (Σw)² / (n·Σw²), 1 when they are
+    the same. Top-k, top-p and a repetition penalty are part of μ, and thereby of both."""
     rows = list(rows)
-    tokens, gap = lengths(batch, rows), None
-    if config.top_k == 0 and config.top_p == 1 and config.repetition_penalty == 1:
-        sampled = torch.tensor([logp for i in rows for logp in batch.completions[i].logps])
-        gap = (sampled - torch.cat([batch.old_logp[i] for i in rows]).cpu()).abs().mean().item()
+    tokens = lengths(batch, rows)
+    old_logp = torch.cat([batch.old_logp[i] for i in rows]).cpu()
+    log_ratio = old_logp - torch.tensor([logp for i in rows for logp in batch.completions[i].logps])
+    weight = log_ratio.double().exp()
     mean = {f"reward_{name}": values[rows].mean().item() for name, values in batch.rewards.items() if name != "total"}
     if config.reward_weights[2] == 0:
         mean["reward_consistency"] = None
@@ -380,7 +466,8 @@ def batch_metrics(batch, rows, config):
             "truncated": sum(batch.completions[i].finish_reason == "length" for i in rows) / len(rows),
             "pos_coverage": sum(sum(batch.pos_gates[i]) for i in rows) / sum(tokens),
             "pos_fallbacks": sum(batch.pos_fallbacks[i] for i in rows),
-            "sampler_gap": gap}
+            "sampler_gap": log_ratio.abs().mean().item(),
+            "importance_ess": (weight.sum() ** 2 / (len(weight) * (weight ** 2).sum())).item()}
 
 
 def completion_record(batch, row, step, delta_h, audio_mass):
@@ -391,7 +478,8 @@ def completion_record(batch, row, step, delta_h, audio_mass):
         return None if values is None else [round(v, 4) for v in values]
 
     return {"step": step, "prompt_id": batch.prompts[row].question.id, "text": batch.texts[row],
-            "finish_reason": completion.finish_reason, "token_ids": completion.token_ids,
+            "finish_reason": completion.finish_reason, "weight_version": batch.weight_version,
+            "token_ids": completion.token_ids,
             **{f"reward_{name}": values[row].item() for name, values in batch.rewards.items()},
             "advantage": batch.advantages[row].item(), "delta_h": rounded(delta_h), "audio_mass": rounded(audio_mass)}
 
@@ -430,11 +518,13 @@ def timed(seconds, name):
     seconds[name] += time.perf_counter() - started
 
 
-def evaluate(policy, questions, config, step):
+def evaluate(policy, questions, config, step, server=None):
     """Greedy accuracy, format and length on `questions` → a record of evaluation.jsonl; prints it as well."""
     prompts = [policy.encode(q, config.instruction) for q in questions]
+    if server is not None and server.version != step:
+        push_weights(server, policy, Path(config.output_dir) / "weights", step)
     completions = sample(policy, prompts, 1, temperature=0, seed=0, repetition_penalty=config.repetition_penalty,
-                         max_new_tokens=config.max_new_tokens, progress=True)
+                         max_new_tokens=config.max_new_tokens, progress=True, server=server)
     texts = [policy.text(c) for c in completions]
     accuracy = [accuracy_reward(t, q.answer, q.choices, config.format_style) for t, q in zip(texts, questions)]
     form = [format_reward(t, config.format_style, think_is_prefilled(policy, p)) for t, p in zip(texts, prompts)]
@@ -450,7 +540,6 @@ def save_checkpoint(policy, folder):
     sibling and renamed, so that a broken run leaves no half checkpoint."""
     if hasattr(policy.model, "merge_and_unload"):
         policy.model.save_pretrained(folder.with_name("adapter"))
-        policy.model = policy.model.merge_and_unload()
     building = folder.with_name(f".{folder.name}.writing")
     shutil.rmtree(building, ignore_errors=True)
     policy.save(building)
@@ -504,8 +593,16 @@ def open_inputs(config):
     for name in ("model", "data"):
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give --{name}, or a recipe that has it")
-    if config.reward_weights[2] != 0 and config.checker != "rule" and not config.checker.startswith("http"):
-        raise InputError(f"checker is {config.checker!r}: give the URL of the consistency checker, `rule`, or λ_cons 0")
+    if config.reward_weights[2] != 0 and config.checker != "rule" and not config.checker.startswith("http") \
+            and not (Path(config.checker or "-") / "config.json").is_file():
+        raise InputError(f"checker is {config.checker!r}: give the URL of the consistency checker, the folder of a model "
+                         "to start vLLM on, `rule`, or λ_cons 0")
+    starts_checker = config.reward_weights[2] != 0 and Path(config.checker).is_dir()
+    if (config.rollout == "vllm" and not config.vllm_url or starts_checker) and not vllm_python(config).is_file():
+        raise InputError(f"vllm_python {vllm_python(config)}: no such interpreter; `make vllm` makes the environment of "
+                         "vLLM, see requirements-vllm.txt")
+    if config.vllm_url and not config.vllm_url.startswith("http"):
+        raise InputError(f"vllm_url is {config.vllm_url!r}: give a URL, as http://127.0.0.1:8000")
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise InputError(f"report_to is {config.report_to}, which is not installed: pip install {config.report_to}")
     output_dir = Path(config.output_dir).resolve()
@@ -515,7 +612,7 @@ def open_inputs(config):
     if output_dir in (Path(config.model).resolve(), *Path(config.model).resolve().parents):
         raise InputError(f"output_dir {config.output_dir} holds the model that this run starts from; give another "
                          "folder")
-    if config.reward_weights[2] != 0 and config.checker != "rule":
+    if config.reward_weights[2] != 0 and config.checker.startswith("http"):
         probe = {"think": "<think>2 is even.</think>even",
                  "reasoning": "<reasoning>2 is even.</reasoning><answer>even</answer>"}[config.format_style]
         try:
@@ -539,6 +636,30 @@ def open_inputs(config):
     if config.gradient_checkpointing:
         policy.base.activation_checkpointing_enable({"use_reentrant": False})
     return questions, eval_questions, policy.to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def vllm_python(config):
+    return Path(__file__).resolve().parent / config.vllm_python
+
+
+@contextlib.contextmanager
+def open_servers(config, policy, questions):
+    """Starts the vLLM servers that a run asks for → (rollout server or None, checker's or None); ends them with it."""
+    folder, server, checker = Path(config.output_dir), None, None
+    with contextlib.ExitStack() as stack:
+        if config.rollout == "vllm":
+            served = config.model
+            if policy.full_config is None and policy.base.config.model_type in WHOLE_MODEL:
+                served = folder / "weights" / "version-0"  # vLLM serves a thinker inside its whole model alone
+                policy.save(served)
+            own = {"url": config.vllm_url} if config.vllm_url else {"python": vllm_python(config)}
+            server = stack.enter_context(Server(served, **own, log=folder / "vllm.log", flags=config.vllm_flags,
+                                                clips=max(len(q.audio) for q in questions)))
+        if config.reward_weights[2] != 0 and Path(config.checker).is_dir():
+            checker = stack.enter_context(Server(config.checker, python=vllm_python(config), log=folder / "checker.log",
+                                                 flags=config.checker_flags, weights_change=False,
+                                                 name=config.checker_model))
+        yield server, checker
 
 
 def make_reference(policy, config):
@@ -626,7 +747,7 @@ def main(arguments):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except CheckerError as error:  # a reward is missing: the run stops rather than count it as 0
+    except (CheckerError, RolloutError) as error:  # a reward or completions are missing: the run stops
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0

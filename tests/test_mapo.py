@@ -25,13 +25,14 @@ from mapo import MapoConfig
 NAN, INF = float("nan"), float("inf")
 POISON = [NAN, INF, -INF, 1e4, -1e4, (NAN, 1e4, -INF, 3.0, INF, -1e4)]  # a tuple is used in turn
 LOSSES = ("loss", "policy_loss", "kl_loss", "attention_loss")
-PER_TOKEN = ("logp", "old_logp", "ref_logp", "policy_entropy", "text_ref_entropy", "audio_mass", "pos_gate")
+PER_TOKEN = ("logp", "old_logp", "ref_logp", "policy_entropy", "text_ref_entropy", "audio_mass", "pos_gate",
+             "sampler_logp")
 PER_COMPLETION = ("advantages", "accuracy_reward")
 
 CONFIGS = [
     MapoConfig(),
     MapoConfig(tau_base=0.5, mask_clip=1.5, kappa=2.0, clip_ratio=0.1, prefactor_clip=0.6, fail_threshold=0.5,
-               fail_gate_floor=0.3, attention_eps=0.02, eta=0.7, beta=0.3, advantage_floor=0.4),
+               fail_gate_floor=0.3, attention_eps=0.02, eta=0.7, beta=0.3, advantage_floor=0.4, importance_clip=1.3),
     MapoConfig(tau_base=2.0, mask_clip=1.05, kappa=0.0, fail_gate_floor=0.0, eta=2.0, beta=0.0),
 ]
 
@@ -59,6 +60,8 @@ def make_rows(lengths, seed, spread=3.0):
             pos_gate=[float(rng.random() < 0.6) for _ in range(length)],
             advantages=rng.gauss(0, 1.5),
             accuracy_reward=rng.choice([0.0, 0.5, 1.0])))
+        other = random.Random(f"{seed} {length}")
+        rows[-1].sampler_logp = [x + other.uniform(-1, 1) for x in rows[-1].old_logp]
     return rows
 
 
@@ -179,6 +182,11 @@ def loop_surrogates(row, clip_ratio):
     return [loop_surrogate(x, old, row.advantages, clip_ratio) for x, old in zip(row.logp, row.old_logp)]
 
 
+def loop_importance(row, cap):
+    """min(π_old/μ, C), from probabilities."""
+    return [min(math.exp(old) / math.exp(sampler), cap) for old, sampler in zip(row.old_logp, row.sampler_logp)]
+
+
 def loop_mean(rows, per_completion):
     """1/G Σ_g, over the completions that have a token."""
     values = [per_completion(row) for row in rows if len(row.logp)]
@@ -198,7 +206,10 @@ def loop_policy_loss(rows, config):
         weights = [1.0] * len(row.logp)
         if config.mask:
             weights = loop_omega(loop_delta_h(row), config.tau_base, config.mask_clip)
-        return loop_weighted_mean(weights, loop_surrogates(row, config.clip_ratio))
+        surrogates = loop_surrogates(row, config.clip_ratio)
+        if config.importance_clip:
+            surrogates = [w * x for w, x in zip(loop_importance(row, config.importance_clip), surrogates)]
+        return loop_weighted_mean(weights, surrogates)
     return loop_mean(rows, one)
 
 
@@ -351,8 +362,41 @@ def test_eq2_policy_loss(poison, config):
     width = t.mask.shape[1]
     omegas = [loop_omega(loop_delta_h(row), config.tau_base, config.mask_clip) for row in rows]
     surrogates = [loop_surrogates(row, config.clip_ratio) for row in rows]
+    if config.importance_clip:
+        surrogates = [[w * x for w, x in zip(loop_importance(row, config.importance_clip), values)]
+                      for row, values in zip(rows, surrogates)]
     actual = mapo.policy_loss(pad(surrogates, poison, width), pad(omegas, poison, width), t.mask)
     assert_close(actual, loop_policy_loss(rows, config))
+
+
+@pytest.mark.parametrize("cap", [0.5, 1.3, 2.0, 1e9])
+def test_eq2_importance_weight(cap):
+    """Beside Eq. 2 (ours): min(π_old/μ, C), detached; capped and uncapped both occur."""
+    rows = standard_rows()
+    t = tensors(rows)
+    t.old_logp.requires_grad_()
+    actual = mapo.importance_weight(t.old_logp, t.sampler_logp, cap)
+    assert_rows(actual, [loop_importance(row, cap) for row in rows], off_mask=None)
+    assert not actual.requires_grad and (actual[t.mask] < cap).any() and (cap > 3 or (actual[t.mask] == cap).any())
+
+
+def test_importance_weight_scales_the_gradient():
+    """With w ∂L_PG/∂logp_t is w_t times what it is without, on every token, clipped or not; 0 leaves w out; the other
+    losses do not change. sampler_logp is then needed."""
+    rows = standard_rows()
+    t, gradients, outs = tensors(rows, math.nan), {}, {}
+    for clip in (0.0, 1.3):
+        config = MapoConfig(importance_clip=clip)
+        leaf = t.logp.clone().requires_grad_()
+        outs[clip] = total(t, config, logp=leaf)
+        gradients[clip], = torch.autograd.grad(outs[clip]["policy_loss"], leaf)
+    for row, plain, weighted in zip(rows, gradients[0.0], gradients[1.3]):
+        n = len(row.logp)
+        assert_close(weighted[:n], [w * g for w, g in zip(loop_importance(row, 1.3), plain[:n].tolist())])
+    for name in ("kl_loss", "attention_loss"):
+        assert torch.equal(outs[0.0][name], outs[1.3][name])
+    with pytest.raises(ValueError, match="needs sampler_logp .*importance_clip is 1.3"):
+        total(t, MapoConfig(importance_clip=1.3), sampler_logp=None)
 
 
 @every_config
@@ -1012,7 +1056,7 @@ def test_config_defaults_are_table5():
     """Table 5, by hand; θ_fail and α from the release; the floor, which no equation has, off."""
     table5 = dict(group_size=8, clip_ratio=0.2, tau_base=1.0, mask_clip=5.0, eta=0.1, kappa=1.0, prefactor_clip=3.0,
                   advantage_eps=0.1, attention_eps=0.1, beta=0.002)
-    others = dict(mask=True, fail_threshold=0.0, fail_gate_floor=0.1, advantage_floor=0.0)
+    others = dict(mask=True, fail_threshold=0.0, fail_gate_floor=0.1, advantage_floor=0.0, importance_clip=0.0)
     assert dataclasses.asdict(MapoConfig()) == table5 | others
     assert all(field.metadata["help"] for field in dataclasses.fields(MapoConfig))
 
@@ -1077,6 +1121,7 @@ def examples():
         "length_temperature": ((t.mask, 1.0), {}),
         "relevance_mask": ((delta_h, t.mask, 1.0, 5.0), {}),
         "clipped_surrogate": ((t.logp, t.old_logp, t.advantages, 0.2), {}),
+        "importance_weight": ((t.old_logp, t.logp, 2.0), {}),
         "sequence_mean": ((t.advantages, t.mask), {}),
         "policy_loss": ((t.logp, t.audio_mass, t.mask), {}),
         "inverse_relevance_weight": ((delta_h, t.pos_gate, t.mask, 1.0, 5.0), {}),

@@ -84,9 +84,10 @@ def prompt_text(question, tokens=(), instruction=""):
 
 
 def samples_of(kind, path):
-    """The clip as its encoder gets it: Qwen3-Omni's with silence up to one second."""
+    """The clip as its encoder gets it: Qwen3-Omni's with silence up to one second, and to a whole frame of 10 ms."""
     clip = soundfile.read(path, dtype="float32")[0]
-    return np.concatenate([clip, np.zeros(max(0, 16000 - len(clip)), np.float32)]) if kind == "qwen3_omni" else clip
+    wanted = max(16000, (len(clip) + 159) // 160 * 160) if kind == "qwen3_omni" else len(clip)
+    return np.concatenate([clip, np.zeros(wanted - len(clip), np.float32)])
 
 
 def inputs_alone(kind, policy, question, with_audio=True):
@@ -712,20 +713,58 @@ def test_save_and_load(kind, tmp_path):
 
 
 def test_load_full_omni_checkpoint(saved, tmp_path):
-    """A checkpoint of the whole Omni model, keys `thinker.*`, loads as its thinker."""
+    """A checkpoint of the whole Omni model, keys `thinker.*`, loads as its thinker; so does the thinker's own."""
     config = Qwen3OmniMoeConfig(thinker_config=saved.policy.base.config.to_dict(), enable_audio_output=False)
     full = Qwen3OmniMoeForConditionalGeneration(config)
     full.thinker.load_state_dict(saved.policy.base.state_dict())
-    full.save_pretrained(tmp_path / "full")
-    with safetensors.safe_open(tmp_path / "full" / "model.safetensors", "pt") as tensors:
-        assert all(key.startswith("thinker.") for key in tensors.keys())
-    saved.policy.tokenizer.save_pretrained(tmp_path / "full")
-    saved.policy.feature_extractor.save_pretrained(tmp_path / "full")
-    loaded = module.load_policy(tmp_path / "full")
-    assert type(loaded.base) is type(saved.policy.base)
-    for (name, actual), expected in zip(loaded.base.state_dict().items(), saved.policy.base.state_dict().values()):
+    for layout, checkpoint, prefix in (("full", full, "thinker."), ("thinker", full.thinker, "")):
+        checkpoint.save_pretrained(tmp_path / layout)
+        with safetensors.safe_open(tmp_path / layout / "model.safetensors", "pt") as tensors:
+            assert all(key.startswith(prefix) for key in tensors.keys())
+        saved.policy.tokenizer.save_pretrained(tmp_path / layout)
+        saved.policy.feature_extractor.save_pretrained(tmp_path / layout)
+        loaded = module.load_policy(tmp_path / layout)
+        assert type(loaded.base) is type(saved.policy.base)
+        for (name, actual), expected in zip(loaded.base.state_dict().items(), saved.policy.base.state_dict().values()):
+            assert torch.equal(actual, expected), name
+        assert same(statistics(loaded, saved.questions), saved.statistics)
+
+
+def test_save_keeps_the_layout_of_the_original(saved, tmp_path):
+    """Saved again: tensor names and values are those of transformers' own whole model; the folder's other files, and
+    what its config says beside the thinker, stay, but for the talker's switch."""
+    original = shutil.copytree(saved.folder, tmp_path / "original")
+    config = json.loads((original / "config.json").read_text())
+    config |= {"system_token_id": 17, "enable_audio_output": True}
+    (original / "config.json").write_text(json.dumps(config))
+    (original / "vocab.txt").write_text("a file of the processor")
+    module.load_policy(original).save(tmp_path / "again")
+    with (safetensors.safe_open(original / "model.safetensors", "pt") as before,
+          safetensors.safe_open(tmp_path / "again" / "model.safetensors", "pt") as after):
+        assert set(before.keys()) == set(after.keys()) and any("thinker.model.layers.0.mlp.experts.3." in name
+                                                               for name in after.keys())
+        assert all(torch.equal(before.get_tensor(name), after.get_tensor(name)) for name in before.keys())
+    again = json.loads((tmp_path / "again" / "config.json").read_text())
+    assert again["system_token_id"] == 17 and again["enable_audio_output"] is False
+    assert again["architectures"] == ["Qwen3OmniMoeForConditionalGeneration"]
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json",
+                 "vocab.txt"):
+        assert (tmp_path / "again" / name).read_bytes() == (original / name).read_bytes()
+    whole = Qwen3OmniMoeForConditionalGeneration.from_pretrained(tmp_path / "again", enable_audio_output=False)
+    for (name, actual), expected in zip(whole.thinker.state_dict().items(), saved.policy.base.state_dict().values()):
         assert torch.equal(actual, expected), name
-    assert same(statistics(loaded, saved.questions), saved.statistics)
+
+
+def test_clip_is_what_a_server_must_be_sent(family, tmp_path):
+    """clip(): the file's samples, then silence: Qwen3-Omni's to a second and to a whole frame of 160 samples."""
+    for samples in (4000, 15999, 16000, 16001, 20000):
+        path = tmp_path / f"{samples}.wav"
+        wave = np.random.default_rng(samples).uniform(-0.5, 0.5, samples).astype(np.float32)
+        soundfile.write(path, wave, 16000, subtype="FLOAT")
+        wanted = {4000: 16000, 15999: 16000, 16000: 16000, 16001: 16160, 20000: 20000}[samples]
+        clip = family.policy.clip(path)
+        assert len(clip) == (wanted if family.kind == "qwen3_omni" else samples)
+        assert np.array_equal(clip[:samples], wave) and not clip[samples:].any()
 
 
 def test_load_in_bfloat16(saved):
@@ -746,7 +785,7 @@ def test_load_says_what_is_missing(copied):
 def test_load_with_a_tensor_missing(copied):
     """Weights that do not cover the model are refused, not filled with random numbers."""
     tensors = safetensors.torch.load_file(copied / "model.safetensors")
-    for name in ("model.layers.1.self_attn.q_proj.weight", "lm_head.weight"):
+    for name in ("thinker.model.layers.1.self_attn.q_proj.weight", "thinker.lm_head.weight"):
         del tensors[name]
     safetensors.torch.save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
     message = error_of(module.load_policy, copied)
@@ -776,8 +815,8 @@ def test_chat_template_in_an_old_file(copied, saved):
 def test_dropout_is_off(copied, saved):
     """Whatever the config says: in train mode, too, the statistics are those of the saved policy."""
     config = json.loads((copied / "config.json").read_text())
-    config["text_config"]["attention_dropout"] = config["audio_config"]["dropout"] = 0.4
-    config["audio_config"]["attention_dropout"] = config["audio_config"]["activation_dropout"] = 0.4
+    text, audio = config["thinker_config"]["text_config"], config["thinker_config"]["audio_config"]
+    text["attention_dropout"] = audio["dropout"] = audio["attention_dropout"] = audio["activation_dropout"] = 0.4
     (copied / "config.json").write_text(json.dumps(config))
     assert same(statistics(module.load_policy(copied).train(), saved.questions), saved.statistics)
 
