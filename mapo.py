@@ -216,8 +216,8 @@ def mapo_loss(*, logp, old_logp, ref_logp, advantages, mask, config, policy_entr
 
     logp (with gradient), old_logp, ref_logp, policy_entropy, text_ref_entropy, audio_mass (with gradient), pos_gate,
     mask [B, T]; advantages, accuracy_reward [B]; config: a MapoConfig; sampler_logp [B, T]: the log-probs that the
-    completions were sampled with, for `config.importance_clip` above 0 alone. With `config.mask` off (plain GRPO) ω̃ ≡ 1; with
-    `config.eta` 0 the attention branch is not computed; what neither branch needs may be left out.
+    completions were sampled with, for `config.importance_clip` above 0 alone. With `config.mask` off (plain GRPO)
+    ω̃ ≡ 1; with `config.eta` 0 the attention branch is not computed; what neither branch needs may be left out.
     Returns {"loss", "policy_loss", "kl_loss", "attention_loss"} (scalars; the last without η, 0 where off), "omega"
     [B, T], and "delta_h" [B, T] or None.
     Raises ValueError naming the input that a branch needs and did not get.

@@ -232,7 +232,7 @@ class Policy(torch.nn.Module):
         return merged
 
     def save(self, folder):
-        """Writes the folder of a checkpoint in its original layout, LoRA merged: load_policy, transformers, vLLM read it.
+        """Writes a checkpoint folder in the original layout, LoRA merged: load_policy, transformers and vLLM read it.
 
         An Omni thinker is written as the whole Omni model without its talker: keys `thinker.*`, audio output off.
         Tokenizer, chat template and processor files are those of the folder that the policy was loaded from.
@@ -251,9 +251,9 @@ class Policy(torch.nn.Module):
             self.tokenizer.save_pretrained(folder)
             self.feature_extractor.save_pretrained(folder)
             return
-        written = ("config.json", "generation_config.json")
+        ours = ("config.json", "generation_config.json", "model.safetensors.index.json")
         for file in self.folder.iterdir():
-            if file.suffix in (".json", ".jinja", ".txt") and file.name not in written and "safetensors" not in file.name:
+            if file.suffix in (".json", ".jinja", ".txt") and file.name not in ours:
                 shutil.copyfile(file, folder / file.name)
 
 

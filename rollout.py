@@ -5,10 +5,10 @@
         completions = sample(policy, prompts, G, temperature=1.2, max_new_tokens=1200, seed=0, server=server)
         push_weights(server, policy, "runs/weights", version=4)
 
-In this process the prompt of a group, audio encoder included, runs once; its keys and values are then repeated for the G
-samples. A vLLM server (the paper's way) is a process of its own: it gets the audio with each question, and the policy's
-weights after each update. What it answers is checked: its prompt's token ids must be ours, and after a push the
-log-probs of what it samples.
+In this process the prompt of a group, audio encoder included, runs once; its keys and values are then repeated for the
+G samples. A vLLM server (the paper's way) is a process of its own: it gets the audio with each question, and the
+policy's weights after each update. What it answers is checked: its prompt's token ids must be ours, and after a push
+the log-probs of what it samples.
 """
 
 import asyncio
@@ -277,6 +277,10 @@ class Server:
 
     def __enter__(self):
         if self.python:
+            config = json.loads((Path(self.folder) / "config.json").read_text())
+            dtypes = [c[name] for c in (config, config.get("thinker_config", {})) for name in ("dtype", "torch_dtype")
+                      if c.get(name)]
+            self.dtype = dtypes[0] if dtypes else "auto"  # that of the first folder: pushed weights may be wider
             Path(self.log).unlink(missing_ok=True)
             self._start()
         return self
@@ -292,10 +296,9 @@ class Server:
             probe.bind((self.host, 0))
             port = probe.getsockname()[1]
         self.url, self.ready = f"http://{self.host}:{port}", False
-        dtype = json.loads((Path(self.folder) / "config.json").read_text()).get("dtype", "auto")
         command = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", self.folder, "--host", self.host,
-                   "--port", port, "--served-model-name", self.name, "--dtype", dtype, "--generation-config", "vllm",
-                   "--middleware", "vllm_worker.RequireKey"]
+                   "--port", port, "--served-model-name", self.name, "--dtype", self.dtype,
+                   "--generation-config", "vllm", "--middleware", "vllm_worker.RequireKey"]
         if self.weights_change:
             command += ["--logprobs-mode", "processed_logprobs", "--worker-extension-cls", "vllm_worker.WeightReload",
                         "--limit-mm-per-prompt", json.dumps({"image": 0, "video": 0, "audio": self.clips}),
@@ -326,22 +329,27 @@ class Server:
         self.process = None
 
     def wait(self):
-        """Until the server is healthy, and refuses who has no key."""
+        """Until the server is healthy, and refuses who has no key. A first start that fails is an error; a later one
+        counts as a death."""
         if self.ready:
             return
         until = time.monotonic() + START_SECONDS
         while True:
             if self.process and self.process.poll() is not None:
                 what = f"ended with status {self.process.returncode} before it was ready"
-                raise _Died(what) if self.deaths else self._failure(what)
+                if not self.deaths:
+                    raise self._failure(what)
+                self.recover(what)
             with contextlib.suppress(httpx.TransportError):
                 if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
                     break
             if time.monotonic() > until:
                 raise self._failure(f"was not healthy after {START_SECONDS} s")
             time.sleep(0.5)
-        if httpx.get(f"{self.url}/v1/models", timeout=30).status_code != 401 and self.key:
-            raise self._failure("answers without the key; start it with --middleware vllm_worker.RequireKey")
+        path = "/is_paused" if self.weights_change else "/v1/models"
+        if self.key and (status := httpx.get(self.url + path, timeout=30).status_code) != 401:
+            raise self._failure(f"answers {path} without the key (HTTP {status}); start it with --middleware "
+                                "vllm_worker.RequireKey, VLLM_API_KEY and VLLM_SERVER_DEV_MODE=1")
         self.ready = True
         if self.process and self.weights_change:
             self._post("/update_weight_version", {"new_version": str(self.version)})
@@ -372,15 +380,17 @@ class Server:
 
     def _post(self, path, body=None, timeout=60, **parameters):
         answer = httpx.post(self.url + path, json=body, params=parameters, headers=self._headers(), timeout=timeout)
+        if answer.status_code >= 500 and self.process:
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a server whose engine is dead ends of itself
+                raise _Died(f"ended with status {self.process.wait(5)}")
         if answer.status_code != 200:
             raise self._failure(f"refused {path}: HTTP {answer.status_code}: {answer.text[:300]}")
-        return answer
 
     def load(self, folder, version):
         """Reloads the weights from a checkpoint folder; the server is paused meanwhile, and resumed if that fails."""
-        self.wait()
-        previous, self.folder, self.version = self.folder, folder, version
+        self.folder, self.version = folder, version
         try:
+            self.wait()
             self._post("/pause", mode="wait")
             try:
                 self._post("/collective_rpc", reload_call(folder), timeout=PUSH_SECONDS)
@@ -388,8 +398,8 @@ class Server:
                 self._post("/update_weight_version", {"new_version": str(version)})
             finally:
                 self._post("/resume")
-        except httpx.TransportError as fault:
-            self.recover(f"died or hung during a push ({type(fault).__name__})")
+        except (_Died, httpx.TransportError) as fault:
+            self.recover(f"died or hung during a push ({fault!r})")
 
     def complete(self, requests, read, progress):
         """The answers of chat completions, read(i, answer) → list each, in the order of `requests`, in one list.
@@ -452,7 +462,10 @@ class Server:
                         raise _PassingFault(f"HTTP {answer.status_code}: {answer.text[:200]}")
                     if answer.status_code != 200:
                         raise self._failure(f"refused a question: HTTP {answer.status_code}: {answer.text[:300]}")
-                    return answer.json()
+                    try:
+                        return answer.json()
+                    except ValueError as fault:
+                        raise _PassingFault(f"no json: {answer.text[:200]}") from fault
         except _PassingFault as fault:
             raise _Died(f"gave no answer in {ATTEMPTS} attempts ({fault})") from fault
 

@@ -92,7 +92,8 @@ def prepare(folder, seed):
                                  for question, row in zip(questions["train"], rows["train"])])
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        policy = model.make_policy(build_model(tokenizer), tokenizer, WhisperFeatureExtractor(feature_size=128, **IMAGES))
+        extractor = WhisperFeatureExtractor(feature_size=128, **IMAGES)
+        policy = model.make_policy(build_model(tokenizer), tokenizer, extractor)
         prompts = {split: [policy.encode(q) for q in tqdm(questions[split], desc="toy: features", leave=False)]
                    for split in questions}
         train_ears(policy, prompts["train"], rows["train"], rng)

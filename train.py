@@ -87,8 +87,8 @@ class TrainConfig(MapoConfig):
     format_style: str = _described("think", "`think`: <think>…</think> answer; `reasoning`: <reasoning>…</reasoning>"
                                         "<answer>…</answer> (paper, Appendix G)")
     checker: str = _described("", "the consistency checker: base URL of an OpenAI-compatible server (its key, if any, "
-                              "in CHECKER_API_KEY), the folder of a model to start vLLM on, or `rule` for the toy's rule "
-                              "(paper: vLLM)")
+                              "in CHECKER_API_KEY), the folder of a model to start vLLM on, or `rule` for the toy's "
+                              "rule (paper: vLLM)")
     checker_model: str = _described("Qwen3-30B-A3B-Instruct", "model name asked of the checker (paper)")
     lora_rank: int = _described(0, "LoRA rank; 0 trains all parameters of the decoder (release: 128)")
     lora_alpha: int = _described(512, "LoRA α (release)")
@@ -96,11 +96,12 @@ class TrainConfig(MapoConfig):
     gradient_checkpointing: bool = _described(True, "recompute activations in the backward pass (ours)")
     rollout: str = _described("local", "where completions are sampled: `local`, in this process, or `vllm`, on a vLLM "
                               "server (paper)")
-    vllm_python: str = _described(".venv-vllm/bin/python", "interpreter of the environment that has vLLM, as `make vllm` "
-                                  "builds it; relative to train.py (ours)")
+    vllm_python: str = _described(".venv-vllm/bin/python", "interpreter of vLLM's environment, which `make vllm` "
+                                  "builds; relative to train.py (ours)")
     vllm_url: str = _described("", "a vLLM server that runs already, in place of one of our own; its key in "
                                "VLLM_API_KEY (ours)")
-    vllm_flags: str = _described("", "more flags of vLLM's for the rollout server, in one string (ours)")
+    vllm_flags: str = _described("", "more flags of vLLM's for the rollout server, in one string: --vllm_flags=\"…\" "
+                                 "(ours)")
     checker_flags: str = _described("", "more flags of vLLM's for the checker's server, in one string (ours)")
     async_rollouts: bool = _described(False, "sample the next generation batch while this one trains; its weights are "
                                       "then one push old (ours)")
@@ -271,7 +272,8 @@ def generate(policy, prompts, config, iteration, server, seconds_push):
     started = time.perf_counter()
     completions = sample(policy, prompts, config.group_size, temperature=config.temperature, top_k=config.top_k,
                          top_p=config.top_p, repetition_penalty=config.repetition_penalty,
-                         max_new_tokens=config.max_new_tokens, seed=config.seed * 1_000_003 + iteration, server=server)
+                         max_new_tokens=config.max_new_tokens, seed=config.seed * 1_000_003 + iteration, server=server,
+                         progress=server is not None and not config.async_rollouts)
     tokens_per_second = sum(len(c.token_ids) for c in completions) / (time.perf_counter() - started)
     return GenerationBatch([p for p in prompts for _ in range(config.group_size)], completions, version, seconds_push,
                            tokens_per_second)
@@ -447,9 +449,9 @@ def collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, adv
 
 
 def batch_metrics(batch, rows, config):
-    """Rewards by kind, lengths and the POS gate of a step's completions, and the sampler's distance from π_old: the mean
-    of |log π_old − log μ| over tokens, and the effective sample size of w = π_old/μ, (Σw)² / (n·Σw²), 1 when they are
-    the same. Top-k, top-p and a repetition penalty are part of μ, and thereby of both."""
+    """Rewards by kind, lengths and the POS gate of a step's completions, and the sampler's distance from π_old: the
+    mean of |log π_old − log μ| over tokens, and the effective sample size of w = π_old/μ, (Σw)² / (n·Σw²), 1 when they
+    are the same. Top-k, top-p and a repetition penalty are part of μ, and thereby of both."""
     rows = list(rows)
     tokens = lengths(batch, rows)
     old_logp = torch.cat([batch.old_logp[i] for i in rows]).cpu()
@@ -595,12 +597,12 @@ def open_inputs(config):
             raise InputError(f"{name} is empty: give --{name}, or a recipe that has it")
     if config.reward_weights[2] != 0 and config.checker != "rule" and not config.checker.startswith("http") \
             and not (Path(config.checker or "-") / "config.json").is_file():
-        raise InputError(f"checker is {config.checker!r}: give the URL of the consistency checker, the folder of a model "
-                         "to start vLLM on, `rule`, or λ_cons 0")
+        raise InputError(f"checker is {config.checker!r}: give the URL of the consistency checker, the folder of a "
+                         "model to start vLLM on, `rule`, or λ_cons 0")
     starts_checker = config.reward_weights[2] != 0 and Path(config.checker).is_dir()
     if (config.rollout == "vllm" and not config.vllm_url or starts_checker) and not vllm_python(config).is_file():
-        raise InputError(f"vllm_python {vllm_python(config)}: no such interpreter; `make vllm` makes the environment of "
-                         "vLLM, see requirements-vllm.txt")
+        raise InputError(f"vllm_python {vllm_python(config)}: no such interpreter; `make vllm` makes the environment "
+                         "of vLLM, see requirements-vllm.txt")
     if config.vllm_url and not config.vllm_url.startswith("http"):
         raise InputError(f"vllm_url is {config.vllm_url!r}: give a URL, as http://127.0.0.1:8000")
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
@@ -647,6 +649,7 @@ def open_servers(config, policy, questions):
     """Starts the vLLM servers that a run asks for → (rollout server or None, checker's or None); ends them with it."""
     folder, server, checker = Path(config.output_dir), None, None
     with contextlib.ExitStack() as stack:
+        stack.callback(shutil.rmtree, folder / "weights", ignore_errors=True)  # what was pushed; nobody reads it again
         if config.rollout == "vllm":
             served = config.model
             if policy.full_config is None and policy.base.config.model_type in WHOLE_MODEL:

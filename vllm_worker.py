@@ -37,16 +37,19 @@ def _tensors(folder):
 
 
 class RequireKey:
-    """ASGI middleware: 401 for every request without the key, but for /health. vLLM's own check leaves all paths outside
-    /v1 open, among them those that run methods by name."""
+    """ASGI middleware: 401 for every request without the key, but for /health. vLLM's own check leaves the paths
+    outside /v1 open, among them those that run methods by name."""
 
     def __init__(self, app):
         self.app, self.expected = app, f"Bearer {os.environ['VLLM_API_KEY']}".encode()
 
     async def __call__(self, scope, receive, send):
         given = dict(scope.get("headers", ())).get(b"authorization", b"")
-        if scope["type"] == "http" and scope["path"] != "/health" and not hmac.compare_digest(given, self.expected):
+        open_to_all = scope["type"] == "lifespan" or scope["path"] == "/health"
+        if open_to_all or hmac.compare_digest(given, self.expected):
+            await self.app(scope, receive, send)
+        elif scope["type"] == "http":
             await send({"type": "http.response.start", "status": 401, "headers": []})
             await send({"type": "http.response.body", "body": b"a key is needed"})
-            return
-        await self.app(scope, receive, send)
+        else:
+            await send({"type": "websocket.close", "code": 1008})
