@@ -77,7 +77,8 @@ def sample(policy, prompts, group_size, *, temperature, top_k=0, top_p=1.0, repe
     if server is not None:
         body = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty,
                 "max_tokens": max_new_tokens, "n": group_size}
-        return server.complete([_request(policy, prompt, body, f"{seed} {i}") for i, prompt in enumerate(prompts)],
+        return server.complete([(prompt.question.id, _request(policy, prompt, body, f"{seed} {i}"))
+                                for i, prompt in enumerate(prompts)],
                                lambda i, answer: _read(answer, policy, prompts[i], group_size), progress)
     with torch.no_grad():
         return _sample_here(policy, prompts, group_size, temperature, top_k, top_p, repetition_penalty, max_new_tokens,
@@ -266,7 +267,8 @@ class Server:
 
     def __init__(self, folder, *, python=None, url=None, log=None, flags="", clips=1, weights_change=True,
                  name="policy", host="127.0.0.1", key=None):
-        self.folder, self.python, self.url, self.log, self.flags = folder, python, url, log, flags
+        self.folder, self.python, self.log, self.flags = folder, python, log, flags
+        self.url = url and url.rstrip("/")
         self.clips, self.weights_change, self.name, self.host = clips, weights_change, name, host
         self.key = os.environ.get("VLLM_API_KEY", "") if url else secrets.token_hex(32) if key is None else key
         if not self.key and not (url and _is_loopback(urlsplit(url).hostname)):
@@ -323,7 +325,8 @@ class Server:
         self.process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             self.process.wait(10)
-        os.killpg(self.process.pid, signal.SIGKILL)  # the guard is still in it, so that the number is not another's
+        with contextlib.suppress(ProcessLookupError):  # somebody has killed all of it, the guard as well
+            os.killpg(self.process.pid, signal.SIGKILL)  # while the guard lives, the number is not another group's
         self.process.wait()
         os.close(self.lifeline)
         self.process = None
@@ -335,6 +338,8 @@ class Server:
             return
         until = time.monotonic() + START_SECONDS
         while True:
+            if self.closed:
+                raise self._failure("is closed")
             if self.process and self.process.poll() is not None:
                 what = f"ended with status {self.process.returncode} before it was ready"
                 if not self.deaths:
@@ -402,7 +407,8 @@ class Server:
             self.recover(f"died or hung during a push ({fault!r})")
 
     def complete(self, requests, read, progress):
-        """The answers of chat completions, read(i, answer) → list each, in the order of `requests`, in one list.
+        """The answers of chat completions, read(i, answer) → list each, in the order of `requests`, in one list. A
+        request: (id of the question, function that makes the body).
 
         A request's answer counts whole or not at all, so that a group is never lost or doubled: what is missing when
         the server dies is asked again of its successor.
@@ -434,7 +440,8 @@ class Server:
                                      timeout=httpx.Timeout(60, read=None)) as client:
             async def one(i):
                 async with slots:
-                    groups[i] = read(i, await self._chat(client, await asyncio.to_thread(requests[i])))
+                    question, body = requests[i]
+                    groups[i] = read(i, await self._chat(client, question, await asyncio.to_thread(body)))
 
             watch, work = asyncio.create_task(self._watch(client, bar)), asyncio.gather(*map(one, missing))
             try:
@@ -445,7 +452,7 @@ class Server:
                 work.cancel()
                 await asyncio.gather(watch, work, return_exceptions=True)
 
-    async def _chat(self, client, body):
+    async def _chat(self, client, question, body):
         """One chat completion. Faults that may pass are tried again; ATTEMPTS of them in a row count as a death."""
         attempts = tenacity.AsyncRetrying(retry=tenacity.retry_if_exception_type(_PassingFault), reraise=True,
                                           stop=tenacity.stop_after_attempt(ATTEMPTS),
@@ -461,7 +468,7 @@ class Server:
                     if answer.status_code in (408, 409, 429) or answer.status_code >= 500:
                         raise _PassingFault(f"HTTP {answer.status_code}: {answer.text[:200]}")
                     if answer.status_code != 200:
-                        raise self._failure(f"refused a question: HTTP {answer.status_code}: {answer.text[:300]}")
+                        raise self._failure(f"refused question {question}: HTTP {answer.status_code}: {answer.text[:300]}")
                     try:
                         return answer.json()
                     except ValueError as fault:

@@ -312,8 +312,10 @@ def check_consistency(texts, config, checker=None):
     while True:
         checker.wait()
         try:
-            return consistency_rewards(texts, url=f"{checker.url}/v1", model=config.checker_model,
-                                       format_style=config.format_style, api_key=checker.key)
+            rewards = consistency_rewards(texts, url=f"{checker.url}/v1", model=config.checker_model,
+                                          format_style=config.format_style, api_key=checker.key)
+            checker.deaths = 0
+            return rewards
         except CheckerError as error:
             if checker.process.poll() is None:
                 raise
@@ -605,6 +607,8 @@ def open_inputs(config):
                          "of vLLM, see requirements-vllm.txt")
     if config.vllm_url and not config.vllm_url.startswith("http"):
         raise InputError(f"vllm_url is {config.vllm_url!r}: give a URL, as http://127.0.0.1:8000")
+    if config.vllm_url:
+        Server(config.model, url=config.vllm_url)  # refuses an address without a key
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise InputError(f"report_to is {config.report_to}, which is not installed: pip install {config.report_to}")
     output_dir = Path(config.output_dir).resolve()

@@ -231,7 +231,8 @@ def test_the_trainer_is_killed(world, tmp_path, end, moment):
     """Four faults: the trainer is killed while the server samples, and ended in three ways while it loads. No process
     is left over."""
     with open(tmp_path / "out.txt", "w") as out:
-        trainer = subprocess.Popen(command(world, tmp_path / "run", "--max_steps", 100), stdout=out, stderr=out)
+        trainer = subprocess.Popen(command(world, tmp_path / "run", "--max_steps", 100), stdout=out, stderr=out,
+                                   preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
     log, until = tmp_path / "run" / "vllm.log", time.monotonic() + 300
     while not (log.is_file() and log.read_text(errors="replace").count(moment) > 5):
         assert trainer.poll() is None and time.monotonic() < until, (tmp_path / "out.txt").read_text()[-2000:]
@@ -240,8 +241,11 @@ def test_the_trainer_is_killed(world, tmp_path, end, moment):
     groups = [int(pid) for pid in children if members(int(pid))]
     assert sum(len(members(group)) for group in groups) >= 3  # API server, its guard, the engine
     trainer.send_signal(end)
-    trainer.wait(60)
-    assert all(wait_for_end(group) for group in groups)
+    try:
+        assert trainer.wait(60) != 0
+        assert all(wait_for_end(group) for group in groups)
+    finally:
+        trainer.kill()
 
 
 # ───────────────────────────────────────────────────── train.py ───────────────────────────────────────────────────────

@@ -1,0 +1,1 @@
+"""The part of vLLM that rollout.Server talks to, for tests where vLLM is not installed."""
