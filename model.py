@@ -23,11 +23,13 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from safetensors import SafetensorError
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForMultimodalLM,
-                          AutoTokenizer, Qwen2_5OmniForConditionalGeneration, Qwen3OmniMoeForConditionalGeneration,
-                          WhisperFeatureExtractor)
+                          AutoTokenizer, GenerationConfig, Qwen2_5OmniForConditionalGeneration,
+                          Qwen3OmniMoeForConditionalGeneration, WhisperFeatureExtractor)
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
@@ -77,11 +79,12 @@ class Batch:
 class Policy(torch.nn.Module):
     """An audio LLM with its tokenizer and feature extractor. `model` is the transformers model, or peft's wrapper."""
 
-    def __init__(self, model, tokenizer, feature_extractor, folder=None, full_config=None):
+    def __init__(self, model, tokenizer, feature_extractor, folder=None, full_config=None, saved_dtype=None):
         super().__init__()
         self.model, self.tokenizer, self.feature_extractor = model, tokenizer, feature_extractor
         self.folder = folder  # the checkpoint that it was loaded from
         self.full_config = full_config  # of the whole Omni model, when that is what the folder holds
+        self.saved_dtype = saved_dtype or self.base.dtype  # of the folder; training may be in a wider one
         config = self.base.config
         self.audio_token_id = config.audio_token_id
         # Ids that stand for features. A sampled one would ask the next forward for audio that does not exist.
@@ -218,18 +221,41 @@ class Policy(torch.nn.Module):
         """A rollout.Completion → its text, without special tokens."""
         return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
 
+    def run(self, function, *arguments):
+        """function(*arguments), inside this module's forward as FSDP sees it: what is sharded is gathered for it."""
+        return function(*arguments)
+
     def weights(self):
-        """name → tensor of the transformers model; under LoRA W + (α/r)·B·A, and no adapters."""
-        if self.model is self.base:
-            return self.base.state_dict()
-        merged = {}
+        """name → tensor of the transformers model, on the CPU; under LoRA W + (α/r)·B·A, and no adapters.
+
+        Of a sharded policy every rank calls it, a tensor is gathered at a time, and rank 0 alone gets them.
+        """
+        keeps, whole = not dist.is_initialized() or dist.get_rank() == 0, {}
         for name, tensor in self.base.state_dict().items():
+            if isinstance(tensor, DTensor):
+                tensor = tensor.full_tensor().cpu()
+            if keeps:
+                whole[name] = tensor
+        merged = {}
+        for name, tensor in whole.items():
             module_name, _, leaf = name.partition(".base_layer.")
             if leaf == "weight":
-                tensor = tensor + self.base.get_submodule(module_name).get_delta_weight("default")
+                b, a = (whole[f"{module_name}.lora_{x}.default.weight"] for x in "BA")
+                tensor = tensor + b @ a * self.base.get_submodule(module_name).scaling["default"]
             if ".lora_" not in name:
-                merged[name.replace(".base_layer.", ".")] = tensor
+                merged[name.replace(".base_layer.", ".")] = tensor.to(self.saved_dtype)
         return merged
+
+    def save_adapter(self, folder):
+        """Writes the LoRA adapter alone, as peft reads it. Every rank of a team calls it, rank 0 writes."""
+        keeps, state = not dist.is_initialized() or dist.get_rank() == 0, {}
+        for name, tensor in self.model.state_dict().items():
+            if ".lora_" in name:
+                tensor = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+                if keeps:
+                    state[name] = tensor
+        if keeps:
+            self.model.save_pretrained(folder, state_dict=state)
 
     def save(self, folder):
         """Writes a checkpoint folder in the original layout, LoRA merged: load_policy, transformers and vLLM read it.
@@ -238,15 +264,18 @@ class Policy(torch.nn.Module):
         Tokenizer, chat template and processor files are those of the folder that the policy was loaded from.
         """
         folder, weights, whole = Path(folder), self.weights(), WHOLE_MODEL.get(self.base.config.model_type)
-        if whole is None:
-            self.base.save_pretrained(folder, state_dict=weights)
-        else:
-            config = copy.deepcopy(self.full_config) or whole.config_class()
-            config.thinker_config, config.enable_audio_output, config.dtype = self.base.config, False, self.base.dtype
-            with torch.device("meta"):
-                shell = whole(config)  # names and configuration alone
-            shell.generation_config = self.base.generation_config
-            shell.save_pretrained(folder, state_dict={f"thinker.{name}": tensor for name, tensor in weights.items()})
+        if not weights:  # another rank than 0
+            return
+        config = copy.deepcopy(self.base.config)
+        config.dtype = self.saved_dtype
+        if whole is not None:
+            thinker, config = config, copy.deepcopy(self.full_config) or whole.config_class()
+            config.thinker_config, config.enable_audio_output, config.dtype = thinker, False, self.saved_dtype
+            weights = {f"thinker.{name}": tensor for name, tensor in weights.items()}
+        with torch.device("meta"):
+            shell = (whole or type(self.base))(config)  # names and configuration alone
+        shell.generation_config = self.base.generation_config
+        shell.save_pretrained(folder, state_dict=weights)
         if self.folder is None:
             self.tokenizer.save_pretrained(folder)
             self.feature_extractor.save_pretrained(folder)
@@ -389,8 +418,9 @@ AttentionMaskInterface.register("audio_mass", sdpa_mask)
 # ──────────────────────────────────────────────────────── loading ─────────────────────────────────────────────────────
 
 
-def load_policy(folder, dtype=torch.float32):
-    """A checkpoint folder → Policy. A full Omni checkpoint (`thinker_config`, keys `thinker.*`) gives its thinker.
+def load_policy(folder, dtype=torch.float32, meta=False):
+    """A checkpoint folder → Policy. A full Omni checkpoint (`thinker_config`, keys `thinker.*`) gives its thinker. With
+    `meta` it stands on the meta device: shapes, no weights.
 
     Reads config.json, the safetensors, tokenizer, chat template and preprocessor_config.json; no network. Dropout is
     set to 0 everywhere: old_logp, the update's logp and the sampler must be the same distribution.
@@ -404,7 +434,7 @@ def load_policy(folder, dtype=torch.float32):
         if not any((folder / name).is_file() for name in names):
             raise InputError(f"{folder}: no {' or '.join(names)} there; copy it from the original checkpoint")
     try:
-        return _load(folder, dtype)
+        return _load(folder, dtype, meta)
     except InputError:
         raise
     except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # what transformers raises on a broken folder
@@ -414,7 +444,7 @@ def load_policy(folder, dtype=torch.float32):
                          "whole transformers checkpoint") from error
 
 
-def _load(folder, dtype):
+def _load(folder, dtype, meta):
     full_config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config = getattr(full_config, "thinker_config", full_config)
     if getattr(config, "audio_token_id", None) is None:
@@ -424,8 +454,15 @@ def _load(folder, dtype):
         for name in ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop"):
             if hasattr(part, name):
                 setattr(part, name, 0.0)
-    model, info = AutoModelForMultimodalLM.from_pretrained(folder, config=config, dtype=dtype, local_files_only=True,
-                                                           output_loading_info=True)
+    saved_dtype = getattr(full_config, "dtype", None) or getattr(config, "dtype", None) or torch.float32
+    if meta:
+        with torch.device("meta"):
+            model, info = AutoModelForMultimodalLM.from_config(config, dtype=dtype), {"missing_keys": []}
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder, local_files_only=True)
+    else:
+        model, info = AutoModelForMultimodalLM.from_pretrained(folder, config=config, dtype=dtype,
+                                                               local_files_only=True, output_loading_info=True)
     if info["missing_keys"]:
         raise InputError(f"{folder}: the weights lack {len(info['missing_keys'])} tensors, the first "
                          f"{sorted(info['missing_keys'])[0]}; the checkpoint is incomplete")
@@ -435,13 +472,13 @@ def _load(folder, dtype):
             raise InputError(f"{folder}: no chat template (chat_template.jinja or .json); copy it from the original")
         tokenizer.chat_template = json.loads((folder / "chat_template.json").read_text())["chat_template"]
     return make_policy(model, tokenizer, WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True), folder,
-                       full_config if config is not full_config else None)
+                       full_config if config is not full_config else None, saved_dtype)
 
 
-def make_policy(model, tokenizer, feature_extractor, folder=None, full_config=None):
+def make_policy(model, tokenizer, feature_extractor, folder=None, full_config=None, saved_dtype=None):
     """Policy around a transformers model, our attention function in its text decoder (the encoder keeps its own)."""
     model.set_attn_implementation({"text_config": "audio_mass"})
-    return Policy(model, tokenizer, feature_extractor, folder, full_config).eval()
+    return Policy(model, tokenizer, feature_extractor, folder, full_config, saved_dtype).eval()
 
 
 def check_policy(policy, questions, target_layers):

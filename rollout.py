@@ -105,13 +105,12 @@ def _sample_here(policy, prompts, group_size, temperature, top_k, top_p, repetit
     prompts_at_once = max(1, SEQUENCES // group_size)
     completions = []
     for start in tqdm(range(0, len(prompts), prompts_at_once), desc="generate", leave=False, disable=not progress):
-        completions += _sample_chunk(policy, prompts[start:start + prompts_at_once], group_size,
-                                     LogitsProcessorList(chain), greedy=temperature == 0, max_new_tokens=max_new_tokens,
-                                     generator=generator)
+        completions += policy.run(_sample_chunk, policy, prompts[start:start + prompts_at_once], group_size,
+                                  LogitsProcessorList(chain), temperature == 0, max_new_tokens, generator)
     return completions
 
 
-def _sample_chunk(policy, prompts, group_size, processors, *, greedy, max_new_tokens, generator):
+def _sample_chunk(policy, prompts, group_size, processors, greedy, max_new_tokens, generator):
     base, device = policy.base, policy.device
     batch = policy.collate(prompts, [[]] * len(prompts)).to(device)  # with no completion T is 1, a column of padding
     ids, attention_mask = batch.input_ids[:, :-1], batch.attention_mask[:, :-1]  # [P, prompt length]
@@ -211,10 +210,14 @@ def push_weights(server, policy, folder, version):
     """Gives the server the policy's weights (LoRA merged) as `version`, a number that the server repeats on demand.
 
     Written under `folder` as a checkpoint of the original layout, renamed when whole, loaded while the server is
-    paused. A server that dies or hangs meanwhile starts again on the new weights. Raises RolloutError.
+    paused. A server that dies or hangs meanwhile starts again on the new weights. Of a sharded policy every rank calls
+    it; on ranks other than 0 `server` is None. Raises RolloutError.
     """
     folder = Path(folder).resolve()
     building, final = folder / f".version-{version}.writing", folder / f"version-{version}"
+    if server is None:
+        policy.weights()
+        return
     for leftover in (building, final):
         shutil.rmtree(leftover, ignore_errors=True)
     policy.save(building)
@@ -226,22 +229,24 @@ def push_weights(server, policy, folder, version):
 
 
 @torch.no_grad()
-def check_push(server, policy, prompts, *, temperature, max_gap, seed):
+def check_push(server, policy, prompts, *, temperature, max_gap, seed, share=lambda value: value):
     """→ mean |log π_server(y_t) − log π_θ(y_t)|, nats a token, on a short completion of each prompt.
 
     The server samples them from its whole distribution, the policy scores the same tokens. A server that answers 200 to
-    a push proves nothing: vLLM has reloaded wrong numbers without an error. Raises RolloutError above `max_gap`.
+    a push proves nothing: vLLM has reloaded wrong numbers without an error. Raises RolloutError above `max_gap`. Of a
+    sharded policy every rank calls it: `server` is None on the others, and `share` gives them rank 0's completions.
     """
-    completions = sample(policy, prompts, 1, temperature=temperature, max_new_tokens=CHECK_TOKENS, seed=seed,
-                         server=server)
+    completions = share(None if server is None else
+                        sample(policy, prompts, 1, temperature=temperature, max_new_tokens=CHECK_TOKENS, seed=seed,
+                               server=server))
     policy.eval()
     batch = policy.collate(prompts, [c.token_ids for c in completions])
     trainer = policy(batch, temperature).logp.cpu()[batch.completion_mask]
     there = torch.tensor([logp for c in completions for logp in c.logps])
     gap = (there - trainer).abs().mean().item()
     if not gap <= max_gap:  # NaN stops as well
-        raise RolloutError(f"weights of version {server.version}: the server's log-probs are {gap:.3g} nats a token "
-                           f"from the trainer's, more than {max_gap} (means: server {there.mean():.4f}, trainer "
+        raise RolloutError(f"weights of version {getattr(server, 'version', '?')}: the server's log-probs are "
+                           f"{gap:.3g} nats a token from the trainer's, more than {max_gap} (means: server {there.mean():.4f}, trainer "
                            f"{trainer.mean():.4f}); it does not hold the policy's weights, or computes otherwise")
     return gap
 
@@ -266,15 +271,17 @@ class Server:
     """
 
     def __init__(self, folder, *, python=None, url=None, log=None, flags="", clips=1, weights_change=True,
-                 name="policy", host="127.0.0.1", key=None):
+                 name="policy", host="127.0.0.1", key=None, restart=None):
         self.folder, self.python, self.log, self.flags = folder, python, log, flags
         self.url = url and url.rstrip("/")
         self.clips, self.weights_change, self.name, self.host = clips, weights_change, name, host
-        self.key = os.environ.get("VLLM_API_KEY", "") if url else secrets.token_hex(32) if key is None else key
+        self.key = key if key is not None else os.environ.get("VLLM_API_KEY", "") if url else secrets.token_hex(32)
+        self.restart = restart  # folder → url, of a server that another process keeps for us
         if not self.key and not (url and _is_loopback(urlsplit(url).hostname)):
             raise InputError(f"the vLLM server at {url or host} has no key, and its endpoints run methods by name: set "
                              "VLLM_API_KEY, there and here")
-        self.version = 0 if python else None  # of the weights: None until the first push to a server of others
+        self.ours = python is not None or restart is not None
+        self.version = 0 if self.ours else None  # of the weights: None until the first push to a server of others
         self.deaths, self.process, self.ready, self.closed = 0, None, False, False
 
     def __enter__(self):
@@ -345,9 +352,8 @@ class Server:
                 if not self.deaths:
                     raise self._failure(what)
                 self.recover(what)
-            with contextlib.suppress(httpx.TransportError):
-                if httpx.get(f"{self.url}/health", timeout=5).status_code == 200:
-                    break
+            if self.answers():
+                break
             if time.monotonic() > until:
                 raise self._failure(f"was not healthy after {START_SECONDS} s")
             time.sleep(0.5)
@@ -356,8 +362,15 @@ class Server:
             raise self._failure(f"answers {path} without the key (HTTP {status}); start it with --middleware "
                                 "vllm_worker.RequireKey, VLLM_API_KEY and VLLM_SERVER_DEV_MODE=1")
         self.ready = True
-        if self.process and self.weights_change:
+        if self.ours and self.weights_change:
             self._post("/update_weight_version", {"new_version": str(self.version)})
+
+    def answers(self):
+        """Is there somebody at the address?"""
+        try:
+            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+        except httpx.TransportError:
+            return False
 
     def _failure(self, what):
         """The error that ends the run: what happened, the first exception in the server's log, the log's last lines."""
@@ -372,9 +385,17 @@ class Server:
         """After a death or a hang: the server again, with the weights of the last push. Raises RolloutError when it has
         died DEATHS times in a row, was not started here, or is being closed."""
         self.deaths += 1
-        if self.closed or self.process is None or self.deaths >= DEATHS:
-            raise self._failure(f"{fault}, {self.deaths} in a row" if self.process else str(fault))
+        if self.closed or not self.ours or self.deaths >= DEATHS:
+            raise self._failure(f"{fault}, {self.deaths} in a row" if self.ours else str(fault))
         print(f"the vLLM server {fault}: starting it again with weights of version {self.version}", flush=True)
+        if self.restart:
+            self.url, self.ready = self.restart(self.folder), False
+        else:
+            self.move_to(self.folder)
+
+    def move_to(self, folder):
+        """Ends the process, and starts another on `folder`."""
+        self.folder = folder
         self._stop()
         self._start()
 
@@ -468,7 +489,8 @@ class Server:
                     if answer.status_code in (408, 409, 429) or answer.status_code >= 500:
                         raise _PassingFault(f"HTTP {answer.status_code}: {answer.text[:200]}")
                     if answer.status_code != 200:
-                        raise self._failure(f"refused question {question}: HTTP {answer.status_code}: {answer.text[:300]}")
+                        raise self._failure(f"refused question {question}: HTTP {answer.status_code}: "
+                                            f"{answer.text[:300]}")
                     try:
                         return answer.json()
                     except ValueError as fault:

@@ -20,7 +20,9 @@ import json
 import math
 import os
 import shutil
+import signal
 import sys
+import threading
 import time
 from collections import defaultdict
 from concurrent.futures import ThreadPoolExecutor
@@ -29,14 +31,18 @@ from pathlib import Path
 
 import torch
 import yaml
+from torch.distributed.tensor import DTensor
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
 from data import InputError, read_avqa, read_questions
+from distributed import (Team, fill, join, launch, load_state, newest_state, portion, save_state, serve,
+                         shard)
 from mapo import MapoConfig, _described, audio_attention_mass, differential_entropy, group_advantages, mapo_loss
 from model import WHOLE_MODEL, add_lora, check_policy, load_policy
+from plan import print_plan
 from pos_gate import load_tagger, pos_gate_batch
 from rewards import (CheckerError, accuracy_reward, consistency_rewards, format_reward, rule_consistency_rewards,
                      total_reward)
@@ -108,6 +114,15 @@ class TrainConfig(MapoConfig):
     check_push_every: int = _described(10, "compare the server's log-probs with the trainer's at the start, after the "
                                        "first push and after every so many (ours)")
     max_push_gap: float = _described(0.1, "mean difference of those log-probs that stops the run, nats a token (ours)")
+    rollout_nodes: int = _described(-1, "torchrun's nodes that serve vLLM in place of training: 0, or 1, the last; -1: "
+                                    "1 where there are several (paper: 1 of 4)")
+    offload_reference: bool = _described(False, "keep the sharded π_ref on the CPU between its forwards (ours)")
+    save_every: int = _described(50, "optimizer steps between the states that a run can resume from (ours)")
+    export_every: int = _described(0, "optimizer steps between checkpoints; 0 writes the last alone (ours)")
+    resume: bool = _described(False, "go on from the newest state in output_dir (ours)")
+    plan: bool = _described(False, "print what the run needs of each GPU, and end (ours)")
+    plan_gpus: int = _described(24, "for the plan: GPUs that train (paper: 24)")
+    plan_gib: float = _described(96.0, "for the plan: memory of a GPU, GiB (paper: 96 GB)")
     report_to: str = _described("none", "`tensorboard` or `wandb` through accelerate's trackers, or `none` (ours)")
 
     def __post_init__(self):
@@ -118,7 +133,7 @@ class TrainConfig(MapoConfig):
             self._check(name, self._number(name) > 0, "a finite number above 0")
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
             self._check(name, 0 <= self._number(name) < 1, "at least 0 and under 1")
-        for name in ("top_k", "lora_rank", "weight_decay"):
+        for name in ("top_k", "lora_rank", "weight_decay", "save_every", "export_every"):
             self._check(name, self._number(name) >= 0, "at least 0")
         self._check("top_p", 0 < self._number("top_p") <= 1, "above 0 and at most 1")
         self._check("seed", 0 <= self.seed < 2**31, "from 0 to 2³¹ − 1")
@@ -136,6 +151,7 @@ class TrainConfig(MapoConfig):
                               ("report_to", ("none", "tensorboard", "wandb"))):
             if getattr(self, name) not in allowed:
                 raise ValueError(f"{name} is {getattr(self, name)!r}: one of {', '.join(allowed)}")
+        self._check("rollout_nodes", self.rollout_nodes in (-1, 0, 1), "-1, 0 or 1")
         if self.async_rollouts and self.rollout != "vllm":
             raise ValueError("async_rollouts needs rollout vllm: in one process sampling and training take turns")
 
@@ -145,15 +161,29 @@ class TrainConfig(MapoConfig):
 
 def train(config):
     """Runs Algorithm 1 and writes output_dir. Raises InputError at the door, before anything is written."""
-    questions, eval_questions, policy = open_inputs(config)
-    with (open_log(config) as log,
-          open_servers(config, policy, [*questions, *eval_questions]) as (server, checker)):  # they load meanwhile
-        reference = make_reference(policy, config)  # π_ref and π_text-ref, the frozen start of π_θ
-        optimizer, schedule = make_optimizer(policy, config)
-        if eval_questions:
-            log("evaluation.jsonl", evaluate(policy, eval_questions, config, 0, server))
-        batches = generation_batches(policy, questions, config, server)
-        progress = tqdm(range(1, config.max_steps + 1), desc="train")
+    with join(config) as team:
+        if team.serves:
+            serve(team)
+        else:
+            _train(config, team)
+
+
+def _train(config, team):
+    questions, eval_questions, policy, reference = open_inputs(config, team)
+    folder, done, batch = Path(config.output_dir), 0, None
+    optimizer, schedule = make_optimizer(policy, config)
+    if config.resume:
+        done, batch = resume(policy, optimizer, schedule, config, team)
+    stop = ask_to_stop()
+    with (open_log(config, team, done) as log,
+          open_servers(config, policy, [*questions, *eval_questions], team) as (server, checker)):
+        if eval_questions and not done:
+            log("evaluation.jsonl", evaluate(policy, eval_questions, config, 0, server, team))
+        size = config.generation_batch_size // config.steps_per_generation
+        first = math.ceil(done / config.steps_per_generation)  # the first iteration that is not yet sampled
+        batches = generation_batches(policy, questions, config, server, team, first)
+        progress = tqdm(range(done + 1, config.max_steps + 1), desc="train", initial=done, total=config.max_steps,
+                        disable=not team.leads)
         for step in progress:  # line 1: an iteration of the paper is steps_per_generation of these
             started, part = time.perf_counter(), (step - 1) % config.steps_per_generation
             seconds = defaultdict(float)  # a generation batch is counted in the step that waited for it
@@ -161,13 +191,12 @@ def train(config):
                 with timed(seconds, "generate"):
                     batch = next(batches)  # lines 2, 3
                 with timed(seconds, "reward"):
-                    score(batch, policy, config, checker)  # line 4: r(x, y) and Â
-                freeze(batch, policy, reference, config, seconds)  # π_old, π_ref and π_text-ref on these tokens
-            size = config.generation_batch_size // config.steps_per_generation
+                    score(batch, policy, config, checker, team)  # line 4: r(x, y) and Â
+                freeze(batch, policy, reference, config, seconds, team)  # π_old, π_ref, π_text-ref on these tokens
             rows = range(part * size, (part + 1) * size)
             measure = config.eta > 0 or step % config.mass_interval == 0 or step == 1
             with timed(seconds, "update"):
-                metrics, per_token = update(policy, optimizer, batch, rows, config, measure)  # lines 5–12
+                metrics, per_token = update(policy, optimizer, batch, rows, config, measure, team)  # lines 5–12
             metrics = {"step": step, "learning_rate": schedule.get_last_lr()[0], **metrics,
                        "weight_version": batch.weight_version,
                        "generation_tokens_per_second": batch.tokens_per_second if part == 0 else None,
@@ -178,16 +207,36 @@ def train(config):
             metrics["wait_fraction"] = metrics["seconds_generate"] / metrics["seconds_step"]  # of the trainer's time
             schedule.step()
             log("metrics.jsonl", metrics)
-            for row, delta_h, audio_mass in zip(rows, per_token["delta_h"], per_token["audio_mass"], strict=True):
-                log("completions.jsonl", completion_record(batch, row, step, delta_h, audio_mass))
+            for row in rows:
+                log("completions.jsonl", completion_record(batch, row, step, per_token[row]))
             progress.set_postfix(reward=f"{metrics['reward']:.2f}", accuracy=f"{metrics['accuracy']:.2f}",
                                  a_t=f"{metrics['audio_mass_max']:.3f}" if measure else "–",
                                  s=f"{metrics['seconds_step']:.1f}")
+            ending = any(team.gather(stop.is_set()))
+            if step < config.max_steps and (ending or config.save_every and step % config.save_every == 0):
+                unfinished = batch if step % config.steps_per_generation else None
+                save_state(folder / "state", step, policy, optimizer, schedule, unfinished, config, team)
+            if ending:
+                if team.leads:
+                    print(f"{config.output_dir}: asked to stop after step {step}; --resume true goes on from there")
+                return
+            if config.export_every and step % config.export_every == 0 and step < config.max_steps:
+                save_checkpoint(policy, folder / f"checkpoint-{step}", team)
         if eval_questions:
-            log("evaluation.jsonl", evaluate(policy, eval_questions, config, config.max_steps, server))
-    save_checkpoint(policy, Path(config.output_dir) / "checkpoint")
-    plot_training(Path(config.output_dir))
-    print(f"{config.output_dir}: training.png, metrics.jsonl, completions.jsonl, checkpoint/")
+            log("evaluation.jsonl", evaluate(policy, eval_questions, config, config.max_steps, server, team))
+    save_checkpoint(policy, folder / "checkpoint", team)
+    if team.leads:
+        plot_training(folder)
+        shutil.rmtree(folder / "state", ignore_errors=True)  # the run is over
+        print(f"{config.output_dir}: training.png, metrics.jsonl, completions.jsonl, checkpoint/")
+
+
+def ask_to_stop():
+    """SIGTERM → an event: the run saves its state after the step that it is in, and ends."""
+    event = threading.Event()
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, lambda *_: event.set())
+    return event
 
 
 @dataclass
@@ -197,8 +246,8 @@ class GenerationBatch:
     prompts: list  # [N] model.Prompt, each repeated G times
     completions: list  # [N] rollout.Completion
     weight_version: int  # of the weights that sampled them: the optimizer steps that these had seen
-    seconds_push: float  # time that the push of these weights took
     tokens_per_second: float  # of sampling
+    seconds_push: float  # time that the push of these weights took
     texts: list = None  # [N] str
     rewards: dict = None  # name → [N]: accuracy, format, consistency, total (Eq. 6)
     advantages: torch.Tensor = None  # [N]
@@ -220,79 +269,90 @@ def draw(questions, iteration, config):
     return [questions[orders[epoch][place]] for epoch, place in places]
 
 
-def generation_batches(policy, questions, config, server):
+def generation_batches(policy, questions, config, server, team=Team(), first=0):
     """Lines 2 and 3 for every iteration: yields its GenerationBatch, sampled with the weights it starts from.
 
     async_rollouts: batch i + 1 is sampled while batch i trains, with the weights that batch i starts from. It is then
     one push stale when its turn comes; π_old of the clipped ratio is the trainer's own at that time, and
     importance_clip corrects for the rest.
+    In a team rank 0 asks the server, for all; without a server every rank samples the same, in step.
     """
     count = math.ceil(config.max_steps / config.steps_per_generation)
+    samples = team.leads or config.rollout == "local"
 
     def prompts_of(iteration):
         return [policy.encode(question, config.instruction) for question in draw(questions, iteration, config)]
 
+    def batch_of(prompts, sampled, seconds_push):
+        return GenerationBatch([p for p in prompts for _ in range(config.group_size)], *team.share(sampled),
+                               seconds_push)
+
     if not config.async_rollouts:
-        for i in range(count):
+        for i in range(first, count):
             prompts = prompts_of(i)
-            yield generate(policy, prompts, config, i, server, push(server, policy, config, i, prompts))
+            seconds = push(server, policy, config, i, prompts, team, i <= first + 1)
+            yield batch_of(prompts, generate(policy, prompts, config, i, server) if samples else None, seconds)
         return
     pool = ThreadPoolExecutor(1)  # its thread does HTTP alone; policy and tokenizer stay with this one
     try:
-        prompts = prompts_of(0)
-        ahead = pool.submit(generate, policy, prompts, config, 0, server, push(server, policy, config, 0, prompts))
-        for i in range(count):
-            batch = ahead.result()
+        if first < count:
+            prompts = prompts_of(first)
+            seconds = push(server, policy, config, first, prompts, team, True)
+            ahead = pool.submit(generate, policy, prompts, config, first, server) if samples else None
+        for i in range(first, count):
+            batch = batch_of(prompts, ahead.result() if samples else None, seconds)
             if i + 1 < count:
                 prompts = prompts_of(i + 1)
-                seconds = push(server, policy, config, i, prompts) if i else 0.0
-                ahead = pool.submit(generate, policy, prompts, config, i + 1, server, seconds)
+                seconds = push(server, policy, config, i, prompts, team, i == first + 1) if i > first else 0.0
+                ahead = pool.submit(generate, policy, prompts, config, i + 1, server) if samples else None
             yield batch
     finally:
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def push(server, policy, config, iteration, prompts):
+def push(server, policy, config, iteration, prompts, team=Team(), check=False):
     """The weights that an iteration starts from → the rollout server, when it does not hold them; compares log-probs at
-    the start, after the first push and after every check_push_every. → seconds"""
-    if server is None:
+    the start, after the first push (`check`) and after every check_push_every. → seconds"""
+    if config.rollout == "local":
         return 0.0
     started, version = time.perf_counter(), iteration * config.steps_per_generation
-    if server.version != version:
+    if team.share(team.leads and server.version != version):
         push_weights(server, policy, Path(config.output_dir) / "weights", version)
-    if iteration <= 1 or iteration % config.check_push_every == 0:
+    if check or iteration % config.check_push_every == 0:
         check_push(server, policy, prompts[:4], temperature=config.temperature, max_gap=config.max_push_gap,
-                   seed=config.seed)
+                   seed=config.seed, share=team.share)
     return time.perf_counter() - started
 
 
-def generate(policy, prompts, config, iteration, server, seconds_push):
-    """Line 3: G completions y ~ π_θ(· | x) of every prompt."""
+def generate(policy, prompts, config, iteration, server):
+    """Line 3: G completions y ~ π_θ(· | x) of every prompt → completions, version of the weights, tokens/s."""
     version = iteration * config.steps_per_generation if server is None else server.version
     started = time.perf_counter()
     completions = sample(policy, prompts, config.group_size, temperature=config.temperature, top_k=config.top_k,
                          top_p=config.top_p, repetition_penalty=config.repetition_penalty,
                          max_new_tokens=config.max_new_tokens, seed=config.seed * 1_000_003 + iteration, server=server,
                          progress=server is not None and not config.async_rollouts)
-    tokens_per_second = sum(len(c.token_ids) for c in completions) / (time.perf_counter() - started)
-    return GenerationBatch([p for p in prompts for _ in range(config.group_size)], completions, version, seconds_push,
-                           tokens_per_second)
+    return completions, version, sum(len(c.token_ids) for c in completions) / (time.perf_counter() - started)
 
 
-def score(batch, policy, config, checker=None):
+def score(batch, policy, config, checker=None, team=Team()):
     """Line 4: r = λ_acc r_acc + λ_format r_format + λ_cons r_cons (Eq. 6), Â (Sec. 2); the POS gates (Appendix E)."""
-    batch.texts = [policy.text(c) for c in batch.completions]
-    style = config.format_style
-    accuracy = [accuracy_reward(text, p.question.answer, p.question.choices, style)
+    if team.leads:
+        batch.texts, style = [policy.text(c) for c in batch.completions], config.format_style
+        accuracy = [accuracy_reward(text, p.question.answer, p.question.choices, style)
+                    for text, p in zip(batch.texts, batch.prompts)]
+        form = [format_reward(text, style, think_is_prefilled(policy, p))
                 for text, p in zip(batch.texts, batch.prompts)]
-    form = [format_reward(text, style, think_is_prefilled(policy, p)) for text, p in zip(batch.texts, batch.prompts)]
-    consistency = check_consistency(batch.texts, config, checker)
-    total = [total_reward(a, f, c, config.reward_weights) for a, f, c in zip(accuracy, form, consistency, strict=True)]
-    batch.rewards = {"accuracy": torch.tensor(accuracy), "format": torch.tensor(form),
-                     "consistency": torch.tensor(consistency), "total": torch.tensor(total)}
+        consistency = check_consistency(batch.texts, config, checker)
+        total = [total_reward(a, f, c, config.reward_weights)
+                 for a, f, c in zip(accuracy, form, consistency, strict=True)]
+        batch.rewards = {"accuracy": torch.tensor(accuracy), "format": torch.tensor(form),
+                         "consistency": torch.tensor(consistency), "total": torch.tensor(total)}
+        gated = [pos_gate_batch([c.token_ids], policy.tokenizer) for c in batch.completions]
+        batch.pos_gates, batch.pos_fallbacks = [gates[0] for gates, _ in gated], [count for _, count in gated]
+    batch.texts, batch.rewards, batch.pos_gates, batch.pos_fallbacks = team.share(
+        (batch.texts, batch.rewards, batch.pos_gates, batch.pos_fallbacks))
     batch.advantages = group_advantages(batch.rewards["total"], config.group_size, config.advantage_eps)
-    gated = [pos_gate_batch([c.token_ids], policy.tokenizer) for c in batch.completions]
-    batch.pos_gates, batch.pos_fallbacks = [gates[0] for gates, _ in gated], [count for _, count in gated]
 
 
 def think_is_prefilled(policy, prompt):
@@ -317,46 +377,50 @@ def check_consistency(texts, config, checker=None):
             checker.deaths = 0
             return rewards
         except CheckerError as error:
-            if checker.process.poll() is None:
+            if checker.answers():
                 raise
             checker.recover(f"ended ({error})")
 
 
 @torch.no_grad()
-def freeze(batch, policy, reference, config, seconds):
+def freeze(batch, policy, reference, config, seconds, team=Team()):
     """Once per iteration: log π_old and log π_ref of the tokens, and H(π_text-ref) (Sec. 3.3; no such pass in GRPO)."""
+    count = len(batch.prompts)
+
     def forward(model, text_only=False):
-        statistics = []
-        for rows in micro_batches(range(len(batch.prompts)), config.micro_batch_size):
+        own = {}
+        for rows, real in micro_batches(range(count), batch, config, team):
             s = model(collate(policy, batch, rows, text_only), config.temperature)
-            statistics += [(s.logp[i, :n], s.entropy[i, :n]) for i, n in enumerate(lengths(batch, rows))]
-        return zip(*statistics)
+            own |= {row: (s.logp[i, :n].cpu(), s.entropy[i, :n].cpu())
+                    for i, (row, n) in enumerate(zip(rows, lengths(batch, rows))) if real[i]}
+        rows = {row: values for part in team.gather(own) for row, values in part.items()}
+        return map(list, zip(*(rows[row] for row in range(count))))
 
     policy.eval()
     with timed(seconds, "old"):
-        batch.old_logp, _ = map(list, forward(policy))
+        batch.old_logp, _ = forward(policy)
     with reference() as frozen:
         with timed(seconds, "reference"):
-            batch.ref_logp, _ = map(list, forward(frozen))
+            batch.ref_logp, _ = forward(frozen)
         if config.mask or config.eta > 0:
             with timed(seconds, "text_reference"):
-                _, batch.text_ref_entropy = map(list, forward(frozen, text_only=True))
+                _, batch.text_ref_entropy = forward(frozen, text_only=True)
 
 
-def update(policy, optimizer, batch, rows, config, measure):
-    """Lines 5–12 on the completions `rows`: one optimizer step. → its metrics, per-token Δh and a_t of each row.
+def update(policy, optimizer, batch, rows, config, measure, team=Team()):
+    """Lines 5–12 on the completions `rows`: one optimizer step. → its metrics, and row → (Δh_t, a_t) of its tokens.
 
     The loss of a micro-batch is a mean over its counted completions, so weighing it by their number gives the gradient
-    of the whole step whatever micro_batch_size is.
+    of the whole step whatever micro_batch_size and the number of ranks are.
     """
     policy.train(config.gradient_checkpointing)  # transformers recomputes activations in training mode alone
     optimizer.zero_grad(set_to_none=True)
     counted = {i: not (config.mask_truncated and batch.completions[i].finish_reason == "length") for i in rows}
-    totals, per_token = defaultdict(lambda: [0.0, 0.0]), {"delta_h": [], "audio_mass": []}
-    for micro in micro_batches(rows, config.micro_batch_size):
+    totals, per_token = defaultdict(lambda: [0.0, 0.0]), {}
+    for micro, real in micro_batches(rows, batch, config, team):
         inputs = collate(policy, batch, micro)
         now = policy(inputs, config.temperature, config.target_layers if measure else ())
-        token_mask = inputs.completion_mask.to(policy.device)  # [B, T]
+        token_mask = inputs.completion_mask.to(policy.device) & torch.tensor(real, device=policy.device)[:, None]
         loss_mask = token_mask & torch.tensor([counted[i] for i in micro], device=policy.device)[:, None]
         advantages = batch.advantages[list(micro)].to(policy.device)
         mass = None if now.head_mass is None else audio_attention_mass(now.head_mass)  # line 7: a_t
@@ -370,27 +434,46 @@ def update(policy, optimizer, batch, rows, config, measure):
             pos_gate=pad([torch.tensor(batch.pos_gates[i]) for i in micro], policy),
             sampler_logp=pad([torch.tensor(batch.completions[i].logps) for i in micro], policy),
             accuracy_reward=batch.rewards["accuracy"][list(micro)].to(policy.device))  # lines 8–11
-        share = sum(counted[i] for i in micro) / max(1, sum(counted.values()))
+        share = sum(counted[i] and is_real for i, is_real in zip(micro, real)) / max(1, sum(counted.values()))
         if not torch.isfinite(parts["loss"]):
             ids = [batch.prompts[i].question.id for i in micro]
             raise FloatingPointError(f"the loss is {parts['loss'].item()} on the completions of {ids}")
-        (parts["loss"] * share).backward()
-        collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, advantages, token_mask, loss_mask,
-                share, config)
+        (parts["loss"] * share * team.size).backward()  # FSDP takes the mean over ranks, and Eqs. 2 and 4 the sum
+        delta_h = collect(totals, parts, now, mass, old_logp, text_ref_entropy, advantages, token_mask, loss_mask,
+                          share, config, team)
+        for i, row in enumerate(micro):
+            if real[i]:
+                per_token[row] = [None if x is None else x[i][token_mask[i]].tolist() for x in (delta_h, mass)]
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm, error_if_nonfinite=True)
+    grad_norm = torch.nn.utils.clip_grad_norm_(parameters, config.max_grad_norm)
+    grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
+    if not torch.isfinite(grad_norm):
+        raise FloatingPointError(f"the gradient norm is {grad_norm.item()}")
     optimizer.step()  # line 12
+    every_rank = team.gather((dict(totals), per_token))
+    for other, _ in every_rank[1:]:
+        for name, (value, weight) in other.items():
+            every_rank[0][0][name] = [every_rank[0][0].get(name, (0, 0))[i] + (value, weight)[i] for i in (0, 1)]
     metrics = dict.fromkeys(("text_ref_entropy", "delta_h_abs", *MASS_METRICS))  # null where nothing was measured
-    metrics |= {name: value / weight if weight else None for name, (value, weight) in totals.items()}
+    metrics |= {name: value / weight if weight else None for name, (value, weight) in every_rank[0][0].items()}
+    per_token = {row: values for _, part in every_rank for row, values in part.items()}
     return {**metrics, **batch_metrics(batch, rows, config), "grad_norm": grad_norm.item()}, per_token
 
 
 # ──────────────────────────────────────────────── Batches of ragged completions ───────────────────────────────────────
 
 
-def micro_batches(rows, size):
-    """Splits a range of rows into ranges of at most `size`."""
-    return [rows[start:start + size] for start in range(0, len(rows), size)]
+def micro_batches(rows, batch, config, team):
+    """This rank's share of a range of rows, in micro-batches: (rows, which of them are real). Every rank gets as many,
+    for every rank must run the same forwards; where rows run out, a row is repeated that does not count."""
+    step = config.generation_batch_size // config.steps_per_generation
+    for start in range(rows.start, rows.stop, step):  # the rows of one optimizer step stay with a rank
+        part = rows[start - rows.start:start - rows.start + step]
+        size_of = {i: len(batch.prompts[i].ids) + len(batch.completions[i].token_ids) for i in part}
+        own = portion(part, size_of, team)
+        for first in range(0, len(own), config.micro_batch_size):
+            micro = own[first:first + config.micro_batch_size]
+            yield [i for i, _ in micro], [is_real for _, is_real in micro]
 
 
 def collate(policy, batch, rows, text_only=False):
@@ -413,9 +496,9 @@ MASS_METRICS = ("audio_mass_max", "audio_mass_max_late", "audio_mass_mean", "aud
 
 
 @torch.no_grad()
-def collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, advantages, token_mask, loss_mask, share,
-            config):
-    """Adds a micro-batch to the step's metrics: totals[name] = [Σ value·weight, Σ weight].
+def collect(totals, parts, now, mass, old_logp, text_ref_entropy, advantages, token_mask, loss_mask, share, config,
+            team):
+    """Adds a micro-batch to the step's metrics: totals[name] = [Σ value·weight, Σ weight]. → Δh_t [B, T] or None
 
     Losses are weighted as in the gradient. The rest are means over tokens: of ρ and ω̃ over those that the loss counts
     (`loss_mask`), of entropies and a_t over all of them. Late is the last third of each completion.
@@ -426,7 +509,7 @@ def collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, adv
 
     for name in ("loss", "policy_loss", "kl_loss", "attention_loss"):
         totals[name][0] += parts[name].item() * share
-        totals[name][1] = 1.0
+        totals[name][1] = 1.0 / team.size  # the ranks' shares add up to 1
     position = torch.arange(1, token_mask.shape[1] + 1, device=token_mask.device)
     late = token_mask & ((position - 1) * 3 >= 2 * token_mask.sum(dim=1, keepdim=True))
     ratio, sign = (now.logp - old_logp).exp(), advantages.sign()[:, None]
@@ -445,9 +528,7 @@ def collect(totals, per_token, parts, now, mass, old_logp, text_ref_entropy, adv
         for name, values in (("audio_mass_max", mass), ("audio_mass_mean", mean_head)):
             add(name, values, token_mask)
             add(f"{name}_late", values, late)
-    for row, length in enumerate(token_mask.sum(dim=1).tolist()):
-        for name, values in (("delta_h", delta_h), ("audio_mass", mass)):
-            per_token[name].append(None if values is None else values[row, :length].tolist())
+    return delta_h
 
 
 def batch_metrics(batch, rows, config):
@@ -474,9 +555,9 @@ def batch_metrics(batch, rows, config):
             "importance_ess": (weight.sum() ** 2 / (len(weight) * (weight ** 2).sum())).item()}
 
 
-def completion_record(batch, row, step, delta_h, audio_mass):
+def completion_record(batch, row, step, per_token):
     """A line of completions.jsonl; Δh_t and a_t per token, as the update saw them."""
-    completion = batch.completions[row]
+    completion, (delta_h, audio_mass) = batch.completions[row], per_token
 
     def rounded(values):
         return None if values is None else [round(v, 4) for v in values]
@@ -489,9 +570,13 @@ def completion_record(batch, row, step, delta_h, audio_mass):
 
 
 @contextlib.contextmanager
-def open_log(config):
+def open_log(config, team=Team(), done=0):
     """Makes output_dir, writes config.yaml, and yields log(file name, record), which appends a line of json. An earlier
-    run's files of the same names are emptied. Metrics go to accelerate's tracker as well, when one is asked for."""
+    run's lines are dropped, or, where a run resumes, those after step `done`. Metrics go to accelerate's tracker as
+    well, when one is asked for. On ranks other than 0 nothing is written."""
+    if not team.leads:
+        yield lambda name, record: None
+        return
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "config.yaml").write_text(yaml.safe_dump(dataclasses.asdict(config), sort_keys=False), encoding="utf-8")
@@ -501,8 +586,14 @@ def open_log(config):
         tracker = Accelerator(log_with=config.report_to, project_dir=folder)
         tracker.init_trackers(folder.name, config={k: str(v) for k, v in dataclasses.asdict(config).items()})
     with contextlib.ExitStack() as files:
-        names = ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl")
-        opened = {name: files.enter_context(open(folder / name, "w", encoding="utf-8")) for name in names}
+        opened = {}
+        for name in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
+            kept = []
+            if done and (folder / name).is_file():
+                lines = (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
+                kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
+            opened[name] = files.enter_context(open(folder / name, "w", encoding="utf-8"))
+            opened[name].writelines(kept)
 
         def log(name, record):
             opened[name].write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -522,33 +613,40 @@ def timed(seconds, name):
     seconds[name] += time.perf_counter() - started
 
 
-def evaluate(policy, questions, config, step, server=None):
+def evaluate(policy, questions, config, step, server=None, team=Team()):
     """Greedy accuracy, format and length on `questions` → a record of evaluation.jsonl; prints it as well."""
     prompts = [policy.encode(q, config.instruction) for q in questions]
-    if server is not None and server.version != step:
+    if config.rollout == "vllm" and team.share(team.leads and server.version != step):
         push_weights(server, policy, Path(config.output_dir) / "weights", step)
-    completions = sample(policy, prompts, 1, temperature=0, seed=0, repetition_penalty=config.repetition_penalty,
-                         max_new_tokens=config.max_new_tokens, progress=True, server=server)
+    completions = None
+    if team.leads or config.rollout == "local":
+        completions = sample(policy, prompts, 1, temperature=0, seed=0, repetition_penalty=config.repetition_penalty,
+                             max_new_tokens=config.max_new_tokens, progress=team.leads, server=server)
+    completions = team.share(completions)
     texts = [policy.text(c) for c in completions]
     accuracy = [accuracy_reward(t, q.answer, q.choices, config.format_style) for t, q in zip(texts, questions)]
     form = [format_reward(t, config.format_style, think_is_prefilled(policy, p)) for t, p in zip(texts, prompts)]
     n = len(questions)
     record = {"step": step, "questions": n, "accuracy": sum(accuracy) / n, "format": sum(form) / n,
               "completion_length": sum(len(c.token_ids) for c in completions) / n}
-    print(f"step {step}: greedy accuracy {record['accuracy']:.3f}, format {record['format']:.3f} on {n} questions")
+    if team.leads:
+        print(f"step {step}: greedy accuracy {record['accuracy']:.3f}, format {record['format']:.3f} on {n} questions")
     return record
 
 
-def save_checkpoint(policy, folder):
-    """Writes a folder that transformers and load_policy read; beside it the adapter alone, for LoRA. Written in a
+def save_checkpoint(policy, folder, team=Team()):
+    """Writes a folder that transformers, vLLM and load_policy read; beside it the adapter alone, for LoRA. Written in a
     sibling and renamed, so that a broken run leaves no half checkpoint."""
-    if hasattr(policy.model, "merge_and_unload"):
-        policy.model.save_pretrained(folder.with_name("adapter"))
     building = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(building, ignore_errors=True)
+    if team.leads:
+        shutil.rmtree(building, ignore_errors=True)
     policy.save(building)
-    shutil.rmtree(folder, ignore_errors=True)
-    building.rename(folder)
+    adapter = folder.with_name(folder.name.replace("checkpoint", "adapter"))
+    if policy.model is not policy.base:
+        policy.save_adapter(adapter)
+    if team.leads:
+        shutil.rmtree(folder, ignore_errors=True)
+        building.rename(folder)
 
 
 def plot_training(folder):
@@ -589,11 +687,31 @@ def plot_training(folder):
 # ────────────────────────────────────────────────────── At the door ───────────────────────────────────────────────────
 
 
-def open_inputs(config):
-    """Reads and checks all a run needs → questions, eval questions, policy. Raises InputError; writes nothing."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-        raise InputError(f"WORLD_SIZE is {os.environ['WORLD_SIZE']}: training on several processes is not built yet; "
-                         "start train.py with python, not with torchrun on several ranks")
+def open_inputs(config, team=Team()):
+    """Reads and checks all a run needs → questions, eval questions, policy, reference. Raises InputError; writes
+    nothing. In a team rank 0 does so for all, and alone holds the whole weights, for as long as it sends them."""
+    whole, questions, eval_questions = None, None, None
+    if team.leads:
+        questions, eval_questions, whole = read_inputs(config)
+    questions, eval_questions = team.share((questions, eval_questions))
+    if team.size == 1:
+        reference = make_reference(set_trainable(whole, config), config)
+        whole.to(team.device)
+        return questions, eval_questions, whole, reference
+    dtype = torch.bfloat16 if team.device.type == "cuda" else None
+    frozen = None
+    if not config.lora_rank:  # under LoRA the reference is the policy without its adapters
+        frozen = load_policy(config.model, dtype or torch.float32, meta=True).requires_grad_(False)
+        frozen = fill(shard(frozen, team, dtype), whole, team).eval()
+    if team.leads:
+        set_trainable(whole, config)
+    policy = set_trainable(load_policy(config.model, meta=True), config)
+    policy = fill(shard(policy, team, dtype), whole, team)
+    return questions, eval_questions, policy, make_reference(policy, config, frozen)
+
+
+def read_inputs(config):
+    """→ questions, eval questions, policy with whole weights on the CPU."""
     for name in ("model", "data"):
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give --{name}, or a recipe that has it")
@@ -631,6 +749,11 @@ def open_inputs(config):
     torch.manual_seed(config.seed)
     policy = load_policy(config.model)
     check_policy(policy, [*questions, *eval_questions], config.target_layers)
+    return questions, eval_questions, policy
+
+
+def set_trainable(policy, config):
+    """Says which parameters are trained, adds the adapters, switches checkpointing on. → policy, changed in place"""
     policy.requires_grad_(False)
     if config.lora_rank:
         add_lora(policy, config.lora_rank, config.lora_alpha)
@@ -641,7 +764,26 @@ def open_inputs(config):
                 getattr(policy.base.model, name).requires_grad_(False)
     if config.gradient_checkpointing:
         policy.base.activation_checkpointing_enable({"use_reentrant": False})
-    return questions, eval_questions, policy.to("cuda" if torch.cuda.is_available() else "cpu")
+    return policy
+
+
+def resume(policy, optimizer, schedule, config, team):
+    """Loads the newest whole state of output_dir → (steps done, unfinished GenerationBatch or None)."""
+    folder = newest_state(Path(config.output_dir) / "state", team)
+    if folder is None:
+        raise InputError(f"{config.output_dir}/state: no whole state there to resume from; leave out --resume")
+    saved = load_state(folder, policy, optimizer, schedule, team)
+    for name, value in saved["config"].items():
+        if name not in MAY_CHANGE and getattr(config, name) != value:
+            raise InputError(f"{name} is {getattr(config, name)!r} and was {value!r} when {folder} was saved; resume "
+                             f"with the same, or start a new run")
+    return saved["step"], saved["batch"]
+
+
+# What a resumed run may have otherwise: where and how it runs, not what it computes.
+MAY_CHANGE = {"output_dir", "resume", "report_to", "plan", "plan_gpus", "plan_gib", "micro_batch_size",
+              "gradient_checkpointing", "save_every", "export_every", "rollout_nodes", "offload_reference", "rollout",
+              "vllm_python", "vllm_url", "vllm_flags", "checker_flags", "check_push_every", "max_push_gap"}
 
 
 def vllm_python(config):
@@ -649,37 +791,49 @@ def vllm_python(config):
 
 
 @contextlib.contextmanager
-def open_servers(config, policy, questions):
-    """Starts the vLLM servers that a run asks for → (rollout server or None, checker's or None); ends them with it."""
-    folder, server, checker = Path(config.output_dir), None, None
+def open_servers(config, policy, questions, team=Team()):
+    """Starts the vLLM servers that a run asks for → (rollout server or None, checker's or None); ends them with it. In
+    a team they are rank 0's to talk to; the last node runs them where nodes serve."""
+    folder, server, checker = Path(config.output_dir).resolve(), None, None
+    served = Path(config.model).resolve()
+    if config.rollout == "vllm" and policy.full_config is None and policy.base.config.model_type in WHOLE_MODEL:
+        served = folder / "weights" / "version-0"  # vLLM serves a thinker inside its whole model alone
+        policy.save(served)
     with contextlib.ExitStack() as stack:
+        if not team.leads:
+            yield None, None
+            return
         stack.callback(shutil.rmtree, folder / "weights", ignore_errors=True)  # what was pushed; nobody reads it again
-        if config.rollout == "vllm":
-            served = config.model
-            if policy.full_config is None and policy.base.config.model_type in WHOLE_MODEL:
-                served = folder / "weights" / "version-0"  # vLLM serves a thinker inside its whole model alone
-                policy.save(served)
-            own = {"url": config.vllm_url} if config.vllm_url else {"python": vllm_python(config)}
-            server = stack.enter_context(Server(served, **own, log=folder / "vllm.log", flags=config.vllm_flags,
-                                                clips=max(len(q.audio) for q in questions)))
+        if config.rollout == "vllm" and config.vllm_url:
+            server = stack.enter_context(Server(served, url=config.vllm_url))
+        elif config.rollout == "vllm":
+            server = launch(stack, team, "rollout", folder=served, python=vllm_python(config), log=folder / "vllm.log",
+                            flags=config.vllm_flags, clips=max(len(q.audio) for q in questions))
         if config.reward_weights[2] != 0 and Path(config.checker).is_dir():
-            checker = stack.enter_context(Server(config.checker, python=vllm_python(config), log=folder / "checker.log",
-                                                 flags=config.checker_flags, weights_change=False,
-                                                 name=config.checker_model))
+            checker = launch(stack, team, "checker", folder=Path(config.checker).resolve(), python=vllm_python(config),
+                             log=folder / "checker.log", flags=config.checker_flags, weights_change=False,
+                             name=config.checker_model)
         yield server, checker
 
 
-def make_reference(policy, config):
+def make_reference(policy, config, frozen=None):
     """→ a context manager that yields the frozen initial policy: π_ref and π_text-ref. Under LoRA it is the policy with
-    its adapters disabled, no copy; else a copy made now."""
+    its adapters disabled, no copy; else `frozen`, or a copy made now."""
     if config.lora_rank:
         @contextlib.contextmanager
         def reference():
             with policy.model.disable_adapter():
                 yield policy
         return reference
-    frozen = copy.deepcopy(policy).requires_grad_(False).eval()
-    return lambda: contextlib.nullcontext(frozen)
+    if frozen is None:
+        frozen = copy.deepcopy(policy).requires_grad_(False).eval()
+
+    @contextlib.contextmanager
+    def reference():
+        yield frozen.to(policy.device)
+        if config.offload_reference:
+            frozen.to("cpu")
+    return reference
 
 
 def make_optimizer(policy, config):
@@ -750,7 +904,11 @@ def main(arguments):
             config = dataclasses.replace(config, model=str(world / "model"),
                                          data=str(world / "train.jsonl") if config.data in ("", "toy") else config.data,
                                          eval_data=config.eval_data or str(world / "test.jsonl"))
-        train(config)
+        if config.plan:
+            policy = set_trainable(load_policy(config.model, meta=True), config)
+            print_plan(policy, config, config.plan_gpus, config.plan_gib)
+        else:
+            train(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -67,7 +67,9 @@ def lines(path):
 
 def generated(policy, world, config):
     questions = train.draw(read_questions(world / "train.jsonl"), 0, config)
-    return train.generate(policy, [policy.encode(q) for q in questions], config, 0, None, 0.0)
+    prompts = [policy.encode(q) for q in questions]
+    return train.GenerationBatch([p for p in prompts for _ in range(config.group_size)],
+                                 *train.generate(policy, prompts, config, 0, None), 0.0)
 
 
 def prepared_batch(world, config):
