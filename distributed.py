@@ -16,6 +16,7 @@ import signal
 import socket
 import threading
 import time
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +110,8 @@ def join(config):
             store.set("over", "well")
         store.set(f"left/{rank}", "well")
     except BaseException as error:
+        if isinstance(error, RuntimeError):  # a collective breaks where another rank fails: let the watch tell which
+            time.sleep(2 * BEAT_SECONDS)
         with contextlib.suppress(RuntimeError):  # the store itself may be gone
             store.set("failed", f"rank {rank}: {type(error).__name__}: {str(error)[:500]}")
         raise
@@ -118,25 +121,31 @@ def join(config):
 
 
 def _connect(device, store, rank, world, trainers):
-    """The group of the trainers: NCCL for tensors on GPUs, gloo for the rest. Its first handshake is tried again:
-    gloo's hangs now and then (seen on loopback), and would wait for as long as a collective may."""
+    """The group of the trainers: NCCL for tensors on GPUs, gloo for the rest. Its first handshake is tried again, by
+    all ranks together: gloo's hangs now and then (seen on loopback), and would wait for as long as a collective may."""
+    patience = datetime.timedelta(seconds=CONNECT_SECONDS)
     for attempt in range(CONNECT_ATTEMPTS):
+        ready, failed = [f"ready/{attempt}/{r}" for r in range(world)], f"no-connection/{attempt}"
         try:
             dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", rank=rank,
                                     world_size=world, store=dist.PrefixStore(f"attempt-{attempt}", store),
-                                    timeout=datetime.timedelta(seconds=CONNECT_SECONDS))
-            group = dist.group.WORLD if trainers == world else dist.new_group(
-                list(range(trainers)), timeout=datetime.timedelta(seconds=CONNECT_SECONDS))
+                                    timeout=patience)
+            group = dist.group.WORLD if trainers == world else dist.new_group(list(range(trainers)), timeout=patience)
             dist.barrier(device_ids=None if device.type == "cpu" else [device.index])
+            store.set(ready[rank], "yes")
+        except RuntimeError as error:
+            store.set(failed, f"rank {rank}: {str(error)[:200]}")
+        while not store.check(ready):  # a rank says one of the two, so that all of them read the same
+            if store.check([failed]):
+                break
+            time.sleep(0.05)
+        else:
             if rank < trainers:
                 group.set_timeout(datetime.timedelta(seconds=COLLECTIVE_SECONDS))
             return group
-        except RuntimeError as error:
-            if dist.is_initialized():
-                dist.destroy_process_group()
-            if attempt + 1 == CONNECT_ATTEMPTS:
-                raise
-            print(f"rank {rank}: no connection ({str(error)[:100]}); trying again", flush=True)
+        if dist.is_initialized():
+            dist.destroy_process_group()
+    raise RuntimeError(f"no connection in {CONNECT_ATTEMPTS} attempts; {store.get(failed).decode()}")
 
 
 def _check_world(config, world, nodes, here, trainers):
@@ -306,8 +315,9 @@ def save_state(folder, step, policy, optimizer, schedule, batch, config, team):
         building.mkdir(parents=True)
     team.gather(None)  # nobody writes before the folder stands
     weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
-    dcp.save({"weights": weights, "optimizer": moments}, checkpoint_id=building, process_group=team.group,
-             no_dist=team.size == 1)
+    with _one_process_is_meant():
+        dcp.save({"weights": weights, "optimizer": moments}, checkpoint_id=building, process_group=team.group,
+                 no_dist=team.size == 1)
     torch.save(torch.get_rng_state(), building / f"rng-{team.rank}.pt")
     if team.leads:
         torch.save({"step": step, "schedule": schedule.state_dict(), "config": dataclasses.asdict(config),
@@ -331,16 +341,28 @@ def _step_of(folder):
     return int(folder.name.removeprefix("step-"))
 
 
-def load_state(folder, policy, optimizer, schedule, team):
-    """Loads what save_state wrote, on as many ranks as now train → {"step", "config", "batch", …}."""
+def read_state(folder):
+    """What save_state's rank 0 wrote: {"step", "schedule", "config", "batch"}."""
+    return torch.load(folder / "run.pt", weights_only=False)  # our own file, of plain objects
+
+
+def load_state(folder, saved, policy, optimizer, schedule, team):
+    """Loads weights, optimizer, schedule and random state of a folder, on as many ranks as now train."""
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     weights, moments = get_state_dict(policy, optimizer, options=options)
-    dcp.load({"weights": weights, "optimizer": moments}, checkpoint_id=folder, process_group=team.group,
-             no_dist=team.size == 1)
+    with _one_process_is_meant():
+        dcp.load({"weights": weights, "optimizer": moments}, checkpoint_id=folder, process_group=team.group,
+                 no_dist=team.size == 1)
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
-    saved = torch.load(folder / "run.pt", weights_only=False)  # our own file, of plain objects
     schedule.load_state_dict(saved["schedule"])
     generator = folder / f"rng-{team.rank}.pt"
     if generator.is_file():
         torch.set_rng_state(torch.load(generator))
-    return saved
+
+
+@contextlib.contextmanager
+def _one_process_is_meant():
+    """Without the warning that torch.distributed is not in use."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

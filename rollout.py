@@ -218,7 +218,7 @@ def push_weights(server, policy, folder, version):
     if server is None:
         policy.weights()
         return
-    for leftover in (building, final):
+    for leftover in (*folder.glob(".version-*.writing"), final):
         shutil.rmtree(leftover, ignore_errors=True)
     policy.save(building)
     building.rename(final)
@@ -246,8 +246,9 @@ def check_push(server, policy, prompts, *, temperature, max_gap, seed, share=lam
     gap = (there - trainer).abs().mean().item()
     if not gap <= max_gap:  # NaN stops as well
         raise RolloutError(f"weights of version {getattr(server, 'version', '?')}: the server's log-probs are "
-                           f"{gap:.3g} nats a token from the trainer's, more than {max_gap} (means: server {there.mean():.4f}, trainer "
-                           f"{trainer.mean():.4f}); it does not hold the policy's weights, or computes otherwise")
+                           f"{gap:.3g} nats a token from the trainer's, more than {max_gap} (means: server "
+                           f"{there.mean():.4f}, trainer {trainer.mean():.4f}); it does not hold the policy's "
+                           "weights, or computes otherwise")
     return gap
 
 

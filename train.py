@@ -38,7 +38,7 @@ from transformers import HfArgumentParser, get_cosine_schedule_with_warmup
 from transformers.utils import logging as transformers_logging
 
 from data import InputError, read_avqa, read_questions
-from distributed import (Team, fill, join, launch, load_state, newest_state, portion, save_state, serve,
+from distributed import (Team, fill, join, launch, load_state, newest_state, portion, read_state, save_state, serve,
                          shard)
 from mapo import MapoConfig, _described, audio_attention_mass, differential_entropy, group_advantages, mapo_loss
 from model import WHOLE_MODEL, add_lora, check_policy, load_policy
@@ -772,11 +772,12 @@ def resume(policy, optimizer, schedule, config, team):
     folder = newest_state(Path(config.output_dir) / "state", team)
     if folder is None:
         raise InputError(f"{config.output_dir}/state: no whole state there to resume from; leave out --resume")
-    saved = load_state(folder, policy, optimizer, schedule, team)
+    saved = read_state(folder)
     for name, value in saved["config"].items():
         if name not in MAY_CHANGE and getattr(config, name) != value:
             raise InputError(f"{name} is {getattr(config, name)!r} and was {value!r} when {folder} was saved; resume "
                              f"with the same, or start a new run")
+    load_state(folder, saved, policy, optimizer, schedule, team)
     return saved["step"], saved["batch"]
 
 
@@ -803,7 +804,8 @@ def open_servers(config, policy, questions, team=Team()):
         if not team.leads:
             yield None, None
             return
-        stack.callback(shutil.rmtree, folder / "weights", ignore_errors=True)  # what was pushed; nobody reads it again
+        if config.rollout == "vllm":  # what was pushed; nobody reads it again
+            stack.callback(shutil.rmtree, folder / "weights", ignore_errors=True)
         if config.rollout == "vllm" and config.vllm_url:
             server = stack.enter_context(Server(served, url=config.vllm_url))
         elif config.rollout == "vllm":

@@ -6,7 +6,7 @@
 The three run one after the other, `--rounds` times over, so that a slow moment of the machine hits all of them. Each is
 `train.py recipes/toy.yaml` with full MAPO on the same questions. The first generation batch waits for the server's
 start and for vLLM's first question, and is left out. Medians over generation batches (256 completions, 4 optimizer
-steps).
+steps). Trainer and server get one thread each: with two each on two cores, asynchronous they wait for one another.
 """
 
 import argparse
@@ -42,12 +42,13 @@ def main():
             out = options.out / f"{number}-{arm.replace(', ', '-').replace(' ', '-')}"
             subprocess.run([sys.executable, str(ROOT / "train.py"), str(ROOT / "recipes" / "toy.yaml"), "--model",
                             str(world / "model"), "--data", str(world / "train.jsonl"), "--output_dir", str(out),
-                            "--max_steps", str(4 * options.batches), *flags], check=True, stderr=subprocess.DEVNULL)
+                            "--max_steps", str(4 * options.batches), *flags], check=True, stderr=subprocess.DEVNULL,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
             steps = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
             batches[arm] += [measure(steps[i:i + 4]) for i in range(4, len(steps), 4)]
     names = ("seconds", "tokens/s of sampling", "share of the time that the trainer waits", "of it pushing, s",
              "|log π_old − log μ|, nats", "effective sample size")
-    print(f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, torch "
+    print(f"{platform.machine()}, {os.cpu_count()} cores, a thread for the trainer and one for the server, torch "
           f"{torch.__version__}, {options.rounds} rounds of {options.batches - 1} batches\n")
     print("| a generation batch | " + " | ".join(names) + " | time / sync |")
     print("|---" * (len(names) + 2) + "|")

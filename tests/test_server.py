@@ -411,6 +411,7 @@ def test_the_middleware_itself():
 
 def test_the_key_is_a_secret(served, world, tmp_path):
     """Random bytes for each server, and on no command line."""
+    served.wait()  # while it starts, members come and go
     arguments = [Path(f"/proc/{pid}/cmdline").read_text().split("\0") for pid in members(served.process.pid)]
     assert len(arguments) >= 2 and not any(served.key in word for words in arguments for word in words)
     assert any(words[-5:-1] == ["--seed", "3", "--no-such-flag", "a b"] for words in arguments)  # what flags= gave

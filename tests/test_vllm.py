@@ -1,9 +1,11 @@
 """The rollout server on a real vLLM, with the toy's checkpoint: what it samples, what a push changes, and what is left
 of it when something is killed. Skipped where vLLM's environment is missing."""
 
+import contextlib
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -272,6 +274,34 @@ def test_train_on_vllm(world, tmp_path, asynchronous, steps, versions):
     assert all(0 < m["sampler_gap"] < 0.2 and 0.5 < m["importance_ess"] <= 1 for m in metrics)
     begin = metrics[::4]
     assert all(m["generation_tokens_per_second"] > 0 and 0 < m["wait_fraction"] < 1 for m in begin)
+    group = int((tmp_path / "run" / "vllm.log").read_text().split("APIServer pid=")[1].split(")")[0])
+    assert wait_for_end(group)
+
+
+def test_four_nodes_the_last_of_which_serves(world, tmp_path):
+    """`torchrun --nnodes 4 --nproc-per-node 1 train.py`: three agents train the toy 5 steps, the fourth runs vLLM; the
+    trainers find it without an address, sample from it and push to it. Nothing is left over."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    agents = []
+    for node in range(4):
+        launch = [sys.executable, "-m", "torch.distributed.run", "--nnodes", "4", "--nproc-per-node", "1",
+                  "--node-rank", str(node), "--master-addr", "127.0.0.1", "--master-port", port]
+        with open(tmp_path / f"agent-{node}.txt", "w") as out:
+            agents.append(subprocess.Popen([*launch, *command(world, tmp_path / "run", "--max_steps", 5)[1:]],
+                                           stdout=out, stderr=out, start_new_session=True,
+                                           env={**os.environ, "OMP_NUM_THREADS": "1"}))
+    try:
+        codes = [agent.wait(900) for agent in agents]
+    finally:
+        for agent in agents:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)
+    assert codes == [0] * 4, [(tmp_path / f"agent-{node}.txt").read_text()[-1500:] for node in range(4)]
+    metrics = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [m["weight_version"] for m in metrics] == [0, 0, 0, 0, 4]
+    assert all(0 < m["sampler_gap"] < 1e-4 and 0 < m["audio_mass_max"] < 1 and m["grad_norm"] > 0 for m in metrics)
     group = int((tmp_path / "run" / "vllm.log").read_text().split("APIServer pid=")[1].split(")")[0])
     assert wait_for_end(group)
 

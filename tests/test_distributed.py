@@ -1,0 +1,700 @@
+"""distributed.py, plan.py and what train.py does with them: the same training on any number of ranks, a node that
+serves, runs that end in the middle and go on, exports, and the 30B's shapes. All on gloo, over loopback, with torchrun.
+
+The runs are those of run_train.py, beside this file: its reward differs between completions, and it has faults."""
+
+import contextlib
+import json
+import math
+import multiprocessing
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from peft import PeftModel
+from safetensors import safe_open
+from transformers import Qwen3OmniMoeConfig, Qwen3OmniMoeForConditionalGeneration, Qwen3OmniMoeThinkerConfig
+
+import distributed
+import model
+import plan
+import train
+from data import read_questions
+from distributed import Team
+
+ROOT = Path(__file__).resolve().parents[1]
+RUN = ROOT / "tests" / "run_train.py"
+TIMES = re.compile("seconds_|generation_tokens_per_second|wait_fraction")  # what no two runs have in common
+CLEAN = {name: value for name, value in os.environ.items()
+         if name not in ("FAULT", "FAULT_RANK", "HELD", "RANK", "WORLD_SIZE", "VLLM_API_KEY")}
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory):
+    """A folder with a tiny model and six questions. Some completions of the model end before max_new_tokens: dimension
+    0 of every embedding is 1, so that the head can want <|im_end|> whatever the state."""
+    folder = tmp_path_factory.mktemp("world")
+    policy = tiny.qwen3_omni(std=0.08)
+    with torch.no_grad():
+        policy.base.model.language_model.embed_tokens.weight[:, 0] = 1
+        policy.base.lm_head.weight[:, 0] = 0
+        policy.base.lm_head.weight[policy.eos_ids, 0] = 0.7
+        policy.base.lm_head.weight[policy.placeholder_ids, 0] = -10
+    policy.save(folder / "model")
+    rows = [{"id": q.id, "audio": q.audio[0].name, "question": q.question, "choices": list(q.choices),
+             "answer": q.answer}
+            for q in tiny.questions(folder, seconds=((0.7,), (1.3,), (0.25,), (0.5,), (1.0,), (0.4,)))]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def arguments(world, out, *more):
+    """Flags of a short run: 4 steps of 8 completions, 2 a generation batch."""
+    flags = {"model": world / "model", "data": world / "train.jsonl", "output_dir": out, "max_steps": 4,
+             "group_size": 4, "generation_batch_size": 16, "steps_per_generation": 2, "micro_batch_size": 3,
+             "temperature": 1.2, "top_k": 0, "top_p": 1.0, "max_new_tokens": 12, "checker": "rule",
+             "learning_rate": 1e-3, "gradient_checkpointing": "false"}
+    given = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
+    return [*given, "--target_layers", "1", "2", *map(str, more)]
+
+
+def lines(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def near(value, **within):
+    """pytest.approx, and None where nothing was measured."""
+    return None if value is None else pytest.approx(value, **within)
+
+
+# ─────────────────────────────────────────────────────── processes ────────────────────────────────────────────────────
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """alone(flags, FAULT=…) → exit code and output of a run in one process of its own, which a server process with all
+    modules loaded forks."""
+    context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("alone")
+    context.set_forkserver_preload(["run_train", "matplotlib.figure", "peft"])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PYTHONPATH", os.pathsep.join([str(ROOT), str(ROOT / "tests")]))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        multiprocessing.forkserver.ensure_running()
+
+    def run(flags, **environment):
+        import run_train
+        process = context.Process(target=run_train.forked, args=(flags, environment, folder / "output"))
+        process.start()
+        try:
+            process.join(180)
+            return process.exitcode, (folder / "output").read_text()
+        finally:
+            if process.is_alive():
+                os.killpg(process.pid, signal.SIGKILL)
+
+    return run
+
+
+class Job:
+    """torchrun's agents, one a node, all on this machine."""
+
+    def __init__(self, folder, flags, ranks, nodes, environment):
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        environment = {**CLEAN, "OMP_NUM_THREADS": "1", **{k: str(v) for k, v in environment.items()}}
+        folder.mkdir(parents=True, exist_ok=True)
+        self.outputs = [folder / f"agent-{port}-{node}" for node in range(nodes)]
+        self.agents = []
+        for node, output in enumerate(self.outputs):
+            command = [sys.executable, "-m", "torch.distributed.run", "--nnodes", nodes, "--nproc-per-node",
+                       ranks // nodes, "--node-rank", node, "--master-addr", "127.0.0.1", "--master-port", port, RUN]
+            self.agents.append(subprocess.Popen([*map(str, command), *flags], env=environment, start_new_session=True,
+                                                stdout=output.open("w"), stderr=subprocess.STDOUT, cwd=folder))
+
+    @property
+    def output(self):
+        return "\n".join(output.read_text(errors="replace") for output in self.outputs)
+
+    def wait(self, seconds=200):
+        """→ exit codes of the agents"""
+        until = time.monotonic() + seconds
+        return [agent.wait(max(0.1, until - time.monotonic())) for agent in self.agents]
+
+
+@contextlib.contextmanager
+def torchrun(folder, flags, ranks, nodes=1, **environment):
+    """A Job that ends with the block; its agents' outputs are in `folder`, which its command lines name."""
+    job = Job(folder, flags, ranks, nodes, environment)
+    try:
+        yield job
+    finally:
+        for agent in job.agents:
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(agent.pid, signal.SIGKILL)
+            agent.wait()
+        for process in processes_of(folder):  # workers have sessions of their own
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(process, signal.SIGKILL)
+
+
+def together(folder, flags, ranks, **more):
+    """The output of a Job that succeeds."""
+    with torchrun(folder, flags, ranks, **more) as job:
+        codes = job.wait()
+        assert not any(codes), f"{codes}\n{job.output[-6000:]}"
+        return job.output
+
+
+def processes_of(folder):
+    """Processes whose command line names a folder."""
+    found = []
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            if str(folder).encode() in path.read_bytes():
+                found.append(int(path.parent.name))
+    return found
+
+
+def gone(folder, seconds=10):
+    until = time.monotonic() + seconds
+    while (left := processes_of(folder)) and time.monotonic() < until:
+        time.sleep(0.2)
+    return not left
+
+
+# ──────────────────────────────────────────────── any number of ranks, one result ─────────────────────────────────────
+
+
+CONFIGURATIONS = {
+    "grpo": ["--mask", "false", "--eta", "0"],
+    "mask": ["--eta", "0", "--mask_truncated", "true", "--steps_per_generation", "1"],
+    "mapo": ["--eta", "0.5", "--gradient_checkpointing", "true", "--freeze_audio_tower", "false"],
+    "lora": ["--eta", "0.5", "--lora_rank", "2", "--lora_alpha", "8", "--gradient_checkpointing", "true"]}
+RANKS = {2: list(CONFIGURATIONS), 3: ["mask", "mapo"], 4: list(CONFIGURATIONS)}  # 8 and 16 completions a step
+EXPORT = ["--export_every", "2", "--save_every", "0"]
+
+
+@pytest.fixture(scope="module")
+def runs(world, alone, tmp_path_factory):
+    """runs(configuration, number of ranks) → folder of that run. All runs of a number of ranks are one torchrun job."""
+    folder, made = tmp_path_factory.mktemp("runs"), set()
+
+    def flags(name, ranks):
+        return arguments(world, folder / f"{name}-{ranks}", *CONFIGURATIONS[name], *EXPORT)
+
+    def run(name, ranks):
+        if ranks == 1 and (name, 1) not in made:
+            made.add((name, 1))
+            code, output = alone(flags(name, 1))
+            assert code == 0, output
+        elif ranks > 1 and ranks not in made:
+            several = [flag for name in RANKS[ranks] for flag in ("--then", *flags(name, ranks))][1:]
+            made.add(ranks)
+            together(folder / f"job-{ranks}", several, ranks, HELD=1)
+        return folder / f"{name}-{ranks}"
+
+    return run
+
+
+def tensors(folder):
+    """name → tensor of a checkpoint folder, fp32."""
+    found = {}
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as opened:
+            found |= {name: opened.get_tensor(name).float() for name in opened.keys()}
+    return found
+
+
+def flat(weights):
+    return torch.cat([weights[name].flatten() for name in sorted(weights)])
+
+
+@pytest.mark.parametrize("name, ranks", [(name, ranks) for ranks, names in RANKS.items() for name in names])
+def test_ranks_train_as_one_process(world, runs, name, ranks):
+    """The same completions, gradient norms within 1e-5, losses and means, per-token records, and weights after four
+    steps within 1e-5 of their size and 1e-4 of the way that they went."""
+    one, many = runs(name, 1), runs(name, ranks)
+    for first, second in zip(lines(one / "completions.jsonl"), lines(many / "completions.jsonl"), strict=True):
+        for key in ("step", "prompt_id", "token_ids", "text", "reward_total", "weight_version", "finish_reason"):
+            assert first[key] == second[key], key
+        for key in ("delta_h", "audio_mass", "advantage"):
+            assert first[key] == near(second[key], abs=2e-4), key
+    for first, second in zip(lines(one / "metrics.jsonl"), lines(many / "metrics.jsonl"), strict=True):
+        assert list(first) == list(second)
+        assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-5) and first["grad_norm"] > 1e-3
+        for key in first:
+            if not TIMES.search(key):
+                assert first[key] == near(second[key], rel=1e-4, abs=2e-6), key
+    assert 0 < sum(m["truncated"] for m in lines(one / "metrics.jsonl")) < 4  # some end, some are cut
+    start, alone, team = (flat(tensors(folder)) for folder in (world / "model", one / "checkpoint",
+                                                               many / "checkpoint"))
+    gap, moved = (alone - team).norm(), (alone - start).norm()
+    print(f"{name} on {ranks}: weights {gap / alone.norm():.1e} of their size, {gap / moved:.1e} of their way")
+    assert gap < 1e-5 * alone.norm() and gap < 1e-4 * moved and moved > 1e-3
+
+
+@given(sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=60), size=st.integers(1, 9))
+def test_portion(sizes, size):
+    """Every row counts on one rank, once; all ranks have as many rows, fillers only where the ranks do not divide them;
+    rows at the same place are neighbours in length, and the ranks' sums differ by no more than longest and shortest:
+    each round hands out neighbours of the sorted rows, the longer to one end of the ranks and then to the other."""
+    rows = range(100, 100 + len(sizes))
+    size_of = dict(zip(rows, sizes))
+    parts = [distributed.portion(rows, size_of, Team(rank=rank, size=size)) for rank in range(size)]
+    assert sorted(row for part in parts for row, real in part if real) == list(rows)
+    assert {len(part) for part in parts} == {-(-len(rows) // size)}
+    assert sum(not real for part in parts for _, real in part) == -len(rows) % size
+    totals = [sum(size_of[row] for row, _ in part) for part in parts]
+    assert max(totals) - min(totals) <= max(sizes) - min(sizes)
+    if size > 1:
+        for here, after in zip(list(zip(*parts)), list(zip(*parts))[1:]):
+            assert min(size_of[row] for row, _ in here) >= max(size_of[row] for row, _ in after)
+
+
+# ──────────────────────────────────────────────────────── exports ─────────────────────────────────────────────────────
+
+
+@torch.no_grad()
+def logits(thinker, policy, world):
+    """All logits of the audio view of three questions with a completion each."""
+    prompts = [policy.encode(q) for q in read_questions(world / "train.jsonl")[:3]]
+    batch = policy.collate(prompts, [[5, 6, 7], [8], [9, 10]])
+    output = thinker(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **batch.audio)
+    return output.logits[batch.attention_mask.bool()]
+
+
+@pytest.mark.parametrize("name", ["mapo", "lora"])
+def test_export_of_two_ranks(world, runs, name):
+    """checkpoint/ loads as transformers' whole Omni model and with load_policy, with equal logits; under LoRA they are
+    those of the base with adapter/ as peft loads it. export_every leaves a folder of an earlier step."""
+    folder, base = runs(name, 2), model.load_policy(world / "model")
+    whole = Qwen3OmniMoeForConditionalGeneration.from_pretrained(folder / "checkpoint", dtype=torch.float32).eval()
+    policy = model.load_policy(folder / "checkpoint")
+    exported = logits(policy.base, policy, world)
+    torch.testing.assert_close(logits(whole.thinker, policy, world), exported, atol=1e-5, rtol=1e-5)
+    assert (exported - logits(base.base, base, world)).abs().max() > 1e-3  # it has learned something
+    early = model.load_policy(folder / "checkpoint-2")
+    assert (logits(early.base, early, world) - exported).abs().max() > 1e-4
+    assert not list(folder.glob(".*")) and not (folder / "checkpoint-4").exists() and not (folder / "state").exists()
+    assert (folder / "adapter").exists() == (folder / "adapter-2").exists() == (name == "lora")
+    if name == "lora":
+        for adapter, wanted in (("adapter", exported), ("adapter-2", logits(early.base, early, world))):
+            adapted = PeftModel.from_pretrained(model.load_policy(world / "model").base, folder / adapter).eval()
+            torch.testing.assert_close(logits(adapted, base, world), wanted, atol=1e-5, rtol=1e-5)
+
+
+# ────────────────────────────────────────────────── a node that serves ────────────────────────────────────────────────
+
+
+def test_four_nodes_one_of_which_serves(world, alone, tmp_path):
+    """The last of four nodes serves and trains nothing, for a run in step, one ahead, and one whose server is killed:
+    all three finish with the weight versions that they must have, and nothing is left running."""
+    log, place = tmp_path / "requests.jsonl", {"STAND_IN_PYTHON": sys.executable}
+    served = ["--rollout", "vllm", "--vllm_python", "tests/stand_in/python", "--max_steps", "5"]
+    names = {"sync": [], "async": ["--async_rollouts", "true"], "killed": []}
+    flags = [flag for name, more in names.items()
+             for flag in ("--then", *arguments(world, tmp_path / name, *served, *more))][1:]
+    servers, killed = {}, None
+    with torchrun(tmp_path, flags, 4, nodes=4, STAND_IN_LOG=log, **place) as job:
+        until = time.monotonic() + 300
+        while any(agent.poll() is None for agent in job.agents) and time.monotonic() < until:
+            time.sleep(0.02)
+            asked = [json.loads(line) for line in log.read_text().splitlines()] if log.is_file() else []
+            for pid in {r["pid"] for r in asked} - set(servers):
+                with contextlib.suppress(OSError):
+                    servers[pid] = dict(pair.split("=", 1) for pair in
+                                        Path(f"/proc/{pid}/environ").read_text().split("\0") if "=" in pair)
+            chats = [r["pid"] for r in asked if r["path"] == "/v1/chat/completions"]
+            if killed is None and (tmp_path / "killed" / "metrics.jsonl").is_file() and chats[-1] == list(servers)[-1] \
+                    and len(lines(tmp_path / "killed" / "metrics.jsonl")) >= 2:
+                killed = chats[-1]
+                os.kill(killed, signal.SIGKILL)
+        assert job.wait(1) == [0] * 4, job.output[-6000:]
+        assert gone(tmp_path)
+        assert "starting it again with weights of version" in job.outputs[0].read_text()
+    assert killed and len(servers) == 4  # one a run, and the successor of the one that was killed
+    assert {(server["RANK"], server["GROUP_RANK"]) for server in servers.values()} == {("3", "3")}
+    for name, versions in (("sync", [0, 0, 2, 2, 4]), ("async", [0, 0, 0, 0, 2]), ("killed", [0, 0, 2, 2, 4])):
+        metrics = lines(tmp_path / name / "metrics.jsonl")
+        assert [m["step"] for m in metrics] == [1, 2, 3, 4, 5] and [m["weight_version"] for m in metrics] == versions
+        assert all(math.isfinite(m[key]) for m in metrics for key in ("loss", "grad_norm", "sampler_gap", "reward"))
+        assert all(m["sampler_gap"] < 1e-3 for m in metrics if m["step"] - 1 - m["weight_version"] < 2), name
+        assert not (tmp_path / name / "weights").exists() and (tmp_path / name / "checkpoint").is_dir()
+    code, output = alone(arguments(world, tmp_path / "one", *served), **place)
+    assert code == 0, output
+    for name in ("sync", "killed"):  # the server's seeds are the run's, whoever trains
+        for first, second in zip(lines(tmp_path / "one" / "completions.jsonl"),
+                                 lines(tmp_path / name / "completions.jsonl"), strict=True):
+            assert (first["prompt_id"], first["token_ids"]) == (second["prompt_id"], second["token_ids"])
+
+
+# ──────────────────────────────────────────────────────── resuming ────────────────────────────────────────────────────
+
+
+LONG = ["--max_steps", "6", "--eta", "0.5", "--mask_truncated", "true"]
+
+
+def long(world, out, *more):
+    """Flags of a run of 6 steps with evaluations; a generation batch is 2 steps."""
+    return arguments(world, out, *LONG, "--eval_data", world / "train.jsonl", *more)
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(world, alone, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("uninterrupted") / "out"
+    code, output = alone(long(world, folder))
+    assert code == 0, output
+    return folder
+
+
+def assert_same_run(folder, wanted, exact=True):
+    """Metrics, completions, evaluations and weights: bit for bit, or (`exact` False) within 1e-6."""
+    for name in ("metrics.jsonl", "evaluation.jsonl"):
+        for first, second in zip(lines(folder / name), lines(wanted / name), strict=True):
+            assert list(first) == list(second)
+            for key in first:
+                if not TIMES.search(key):
+                    assert first[key] == (second[key] if exact else near(second[key], rel=1e-6, abs=1e-6)), key
+    if exact:
+        assert (folder / "completions.jsonl").read_text() == (wanted / "completions.jsonl").read_text()
+    assert [(c["step"], c["token_ids"]) for c in lines(folder / "completions.jsonl")] \
+        == [(c["step"], c["token_ids"]) for c in lines(wanted / "completions.jsonl")]
+    weights, others = (tensors(f / "checkpoint") for f in (folder, wanted))
+    if exact:
+        assert all(torch.equal(weights[key], others[key]) for key in others) and len(weights) == len(others)
+    assert (flat(weights) - flat(others)).norm() < 1e-5 * flat(others).norm()
+    assert not (folder / "state").exists() and not list(folder.glob(".*"))
+
+
+def states(folder):
+    return sorted(path.name for path in (folder / "state").iterdir())
+
+
+# save_every, fault, step of the newest state (None: there is none)
+MOMENTS = [
+    (1, "kill step 1", None), (1, "kill step 2", 1), (1, "kill step 3", 2), (1, "kill step 4", 3),
+    (1, "kill step 5", 4), (1, "kill step 6", 5), (2, "kill step 2", None), (2, "kill step 4", 2),
+    (3, "kill step 6", 3), (1, "kill fsync 3", 1), (1, "kill fsync 6", 2), (1, "kill before .step-3.writing", 2),
+    (1, "kill after .step-3.writing", 3), (2, "kill before .step-4.writing", 2), (1, "kill copyfile", 5),
+    (1, "kill before .checkpoint.writing", 5), (4, "kill after .checkpoint.writing", 4), (1, "raise step 4", 3),
+    (5, "term step 3", 3)]
+
+
+def test_resumes_from_any_moment(world, alone, uninterrupted, tmp_path):
+    """Killed before each optimizer step, while a state is written, renamed or just renamed, and in the last export, a
+    run that resumes ends with every number of the run that nobody stopped. Steps since the last state are lost, none
+    before; the last two states are kept; a half-written one is not read."""
+    for number, (every, fault, newest) in enumerate(MOMENTS):
+        out = tmp_path / f"out-{number}"
+        code, output = alone(long(world, out, "--save_every", every), FAULT=fault)
+        assert code == {"kill": -signal.SIGKILL, "raise": 1, "term": 0}[fault.split()[0]], (fault, output)
+        whole = sorted(int(name.removeprefix("step-")) for name in states(out) if name.startswith("step-")) \
+            if (out / "state").exists() else []
+        assert whole[-1:] == ([newest] if newest else []) and len(whole) <= (3 if "after .step" in fault else 2), fault
+        if newest is None:
+            code, output = alone(long(world, out, "--save_every", every, "--resume", "true"))
+            assert code == 2 and output.count("\n") == 1 and "no whole state there to resume from" in output, output
+            continue
+        # what a run leaves that dies while it writes; no state, though its number is the highest
+        shutil.copytree(out / "state" / f"step-{newest}", out / "state" / ".step-9.writing", dirs_exist_ok=True)
+        (out / "state" / ".step-9.writing" / "run.pt").unlink()
+        code, output = alone(long(world, out, "--save_every", every, "--resume", "true"))
+        assert code == 0, (fault, output)
+        assert_same_run(out, uninterrupted)
+
+
+@pytest.fixture(scope="module")
+def stopped(world, alone, tmp_path_factory):
+    """output_dir of a run that one process was asked to stop after step 3."""
+    folder = tmp_path_factory.mktemp("stopped") / "out"
+    code, output = alone(long(world, folder, "--save_every", "1"), FAULT="term step 3")
+    assert code == 0 and "asked to stop after step 3; --resume true goes on" in output, output
+    assert states(folder) == ["step-2", "step-3"] and len(lines(folder / "metrics.jsonl")) == 3
+    assert not (folder / "checkpoint").exists()
+    return folder
+
+
+def test_newest_state(tmp_path):
+    """The highest number, not the last name, of what was renamed."""
+    assert distributed.newest_state(tmp_path / "state", Team()) is None
+    for name in ("step-9", "step-10", ".step-11.writing"):
+        (tmp_path / "state" / name).mkdir(parents=True)
+    assert distributed.newest_state(tmp_path / "state", Team()) == tmp_path / "state" / "step-10"
+
+
+CHANGES = {"learning_rate": 2e-3, "group_size": 8, "max_steps": 8, "seed": 1, "eta": 0.25, "lora_rank": 2,
+           "temperature": 1.0, "steps_per_generation": 4, "mask_truncated": "false", "max_new_tokens": 11,
+           "freeze_audio_tower": "false", "target_layers": 1, "weight_decay": 0.2, "instruction": "Think."}
+
+
+@pytest.mark.parametrize("name", CHANGES)
+def test_resume_refuses_another_configuration(world, alone, stopped, tmp_path, name):
+    """A field that changes what is computed: one line with its name, exit code 2, and the run's files as they were."""
+    out = shutil.copytree(stopped, tmp_path / "out")
+    before = {path: path.read_bytes() for path in out.rglob("*") if path.is_file()}
+    code, output = alone(long(world, out, "--resume", "true", f"--{name}", str(CHANGES[name])))
+    errors = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert code == 2 and len(errors) == 1 and f"{name} is " in errors[0] and "Traceback" not in output, output
+    assert {path: path.read_bytes() for path in out.rglob("*") if path.is_file()} == before
+
+
+def test_resume_accepts_another_place(world, alone, stopped, uninterrupted, tmp_path):
+    """Fields that say where and how a run computes may change; so may the folder, which was moved."""
+    out = shutil.copytree(stopped, tmp_path / "elsewhere")
+    code, output = alone(long(world, out, "--resume", "true", "--save_every", "2", "--micro_batch_size", "8",
+                              "--gradient_checkpointing", "true", "--export_every", "5"))
+    assert code == 0 and "Warning" not in output, output
+    assert (out / "checkpoint-5").is_dir()
+    shutil.rmtree(out / "checkpoint-5")
+    metrics = zip(lines(out / "metrics.jsonl"), lines(uninterrupted / "metrics.jsonl"), strict=True)
+    for first, second in metrics:
+        assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-5)
+
+
+def test_resume_on_another_number_of_ranks(world, alone, stopped, uninterrupted, tmp_path):
+    """SIGTERM to torchrun's agent of two ranks leaves the state of the step; it resumes on two ranks and on one, and
+    the state of one process on two ranks."""
+    two, one, grown = tmp_path / "two", tmp_path / "one", shutil.copytree(stopped, tmp_path / "grown")
+    with torchrun(tmp_path / "job", long(world, two, "--save_every", "1"), 2, FAULT="term-agent step 3") as job:
+        job.wait(120)
+        assert "asked to stop after step 3" in job.output, job.output
+    assert states(two) == ["step-2", "step-3"] and not (two / "checkpoint").exists()
+    shutil.copytree(two, one)
+    code, output = alone(long(world, one, "--resume", "true"))
+    assert code == 0, output
+    together(tmp_path / "job", [*long(world, two, "--resume", "true"), "--then",
+                                *long(world, grown, "--resume", "true")], 2)
+    for folder in (two, one, grown):
+        assert_same_run(folder, uninterrupted, exact=False)
+
+
+def test_resume_of_lora(world, alone, tmp_path):
+    """Adapters and their moments come back, exactly; what is frozen comes from the model folder."""
+    lora = CONFIGURATIONS["lora"]
+    code, output = alone(arguments(world, tmp_path / "whole", *lora))
+    assert code == 0, output
+    assert alone(arguments(world, tmp_path / "out", *lora, "--save_every", "1"), FAULT="kill step 4")[0] == -9
+    files = sum(path.stat().st_size for path in (tmp_path / "out" / "state" / "step-3").glob("*.distcp"))
+    assert files < 0.5 * (world / "model" / "model.safetensors").stat().st_size
+    code, output = alone(arguments(world, tmp_path / "out", *lora, "--resume", "true"))
+    assert code == 0, output
+    assert_same_run(tmp_path / "out", tmp_path / "whole")
+
+
+# ──────────────────────────────────────────────────────── failures ────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("act", ["raise", "kill"])
+def test_a_rank_that_fails_ends_the_job(world, alone, uninterrupted, tmp_path, act):
+    """Rank 1 of two nodes raises, or is killed, before the fourth optimizer step: both agents end with an error within
+    a minute, the output names the rank, nothing is left running, and the run resumes from its last state."""
+    out = tmp_path / "out"
+    with torchrun(tmp_path / "job", long(world, out, "--save_every", "1"), 2, nodes=2, FAULT=f"{act} step 4",
+                  FAULT_RANK=1) as job:
+        until = time.monotonic() + 120
+        while not (out / "state" / "step-3").is_dir() and time.monotonic() < until:
+            time.sleep(0.1)
+        failed = time.monotonic()
+        codes = job.wait(90)
+        print(f"{act}: over after {time.monotonic() - failed:.1f} s")
+        assert time.monotonic() - failed < 60 and all(codes), (codes, job.output)
+        named = "the fault of rank 1" if act == "raise" else r"rank +: 1 [^$]*exitcode +: -9"
+        assert re.search(named, job.output), job.output
+        assert act == "kill" or "the fault of rank 1" in job.outputs[0].read_text(), job.outputs[0].read_text()
+        assert gone(out)
+    assert states(out) == ["step-2", "step-3"]
+    code, output = alone(long(world, out, "--resume", "true"))
+    assert code == 0, output
+    assert_same_run(out, uninterrupted, exact=False)
+
+
+def test_bad_input_under_torchrun(world, tmp_path):
+    """A data file that is not there: both ranks end within a minute, with one line of rank 0's that names the file, and
+    nothing is written."""
+    with torchrun(tmp_path / "job", arguments(world, tmp_path / "out", "--data", "nowhere.jsonl"), 2) as job:
+        assert job.wait(60) != [0]
+        errors = [line for line in job.output.splitlines() if re.search(r"error: (?!rank)", line)]
+        assert len(errors) == 1 and "nowhere.jsonl" in errors[0], job.output
+        assert "[rank0]: Traceback" not in job.output and gone(tmp_path / "out") and not (tmp_path / "out").exists()
+
+
+WORLDS = {
+    "one node serves": (1, 2, ["--rollout", "vllm", "--rollout_nodes", "1"], "rollout_nodes is 1.*none is left"),
+    "two nodes serve": (2, 1, ["--rollout", "vllm", "--rollout_nodes", "2"], "rollout_nodes is 2: it must be"),
+    "nobody asks the server": (2, 1, ["--rollout_nodes", "1"], "rollout_nodes is 1 and rollout is 'local'"),
+    "too many ranks": (3, 3, [], "9 processes train and an optimizer step has 8 completions")}
+
+
+@pytest.mark.parametrize("nodes, here, more, message", WORLDS.values(), ids=WORLDS)
+def test_a_world_that_does_not_fit(world, tmp_path, monkeypatch, capsys, nodes, here, more, message):
+    """One line before anything is started, exit code 2."""
+    for name, value in (("RANK", 0), ("LOCAL_RANK", 0), ("WORLD_SIZE", nodes * here), ("GROUP_WORLD_SIZE", nodes),
+                        ("LOCAL_WORLD_SIZE", here)):
+        monkeypatch.setenv(name, str(value))
+    assert train.main(arguments(world, tmp_path / "out", *more)) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and re.search(f"^error: .*{message}", error), error
+    assert not (tmp_path / "out").exists()
+
+
+# ─────────────────────────────────────────────────── the 30B's shapes ─────────────────────────────────────────────────
+
+
+def omni_config(layers=48, experts=128, hidden=2048, audio=1280, vision=1152, vocabulary=152064):
+    """Qwen3-Omni-30B-A3B's config; smaller numbers give the same tensors, smaller and fewer."""
+    thinker = Qwen3OmniMoeThinkerConfig(
+        audio_config=dict(d_model=audio, encoder_layers=32 * layers // 48 or 1, encoder_attention_heads=20,
+                          encoder_ffn_dim=4 * audio, output_dim=hidden, num_mel_bins=128,
+                          downsample_hidden_size=3 * audio // 8, n_window=50, n_window_infer=800),
+        vision_config=dict(depth=27, hidden_size=vision, num_heads=16, intermediate_size=vision * 4304 // 1152,
+                           out_hidden_size=hidden, num_position_embeddings=2304, deepstack_visual_indexes=[8, 16, 24]),
+        text_config=dict(vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden // 8,
+                         num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=4,
+                         head_dim=hidden // 16, num_experts=experts, num_experts_per_tok=8,
+                         moe_intermediate_size=3 * hidden // 8, max_position_embeddings=65536,
+                         rope_parameters=dict(rope_type="default", rope_theta=1000000.0, mrope_section=[24, 20, 20],
+                                              mrope_interleaved=True)),
+        audio_token_id=151675, audio_start_token_id=151669, audio_end_token_id=151670, image_token_id=151655,
+        video_token_id=151656, vision_start_token_id=151652, vision_end_token_id=151653)
+    return Qwen3OmniMoeConfig(thinker_config=thinker.to_dict(), enable_audio_output=False, dtype="bfloat16")
+
+
+@pytest.fixture(scope="module")
+def big(tmp_path_factory):
+    """A folder as the hub has it for Qwen3-Omni-30B-A3B, but for the weights, and with the tiny tokenizer."""
+    folder = tmp_path_factory.mktemp("big")
+    omni_config().save_pretrained(folder)
+    small = tiny.qwen3_omni()
+    small.tokenizer.save_pretrained(folder)
+    small.feature_extractor.save_pretrained(folder)
+    assert not list(folder.glob("*.safetensors"))
+    return folder
+
+
+def test_units_of_the_30b(big):
+    """31.7 B parameters; every one in exactly one unit, the innermost that holds it; none gathers over 1.5 GB."""
+    policy = model.load_policy(big, meta=True)
+    assert sum(p.numel() for p in policy.parameters()) == pytest.approx(31.7e9, rel=1e-3)
+    assert all(p.is_meta for p in policy.parameters())
+    units = distributed.units(policy)
+    assert len(units) == 48 + 32 + 3 and len(set(units)) == len(units) and units[-1] is policy
+    owner = {}
+    for i, unit in enumerate(units):
+        assert not any(later in set(unit.modules()) - {unit} for later in units[i + 1:])  # inner ones come first
+        own = [p for p in unit.parameters() if id(p) not in owner]
+        owner |= {id(p): unit for p in own}
+        assert 0 < 2 * sum(p.numel() for p in own) <= 1.5e9
+    assert set(owner) == {id(p) for p in policy.parameters()}
+    head = {id(policy.base.lm_head.weight), id(policy.base.model.language_model.embed_tokens.weight)}
+    assert head <= {p for p, unit in owner.items() if unit is policy}
+
+
+def hub_names(layers, experts, encoder_layers, blocks, mergers):
+    """The tensors of the thinker in Qwen3-Omni-30B-A3B's checkpoint on the hub, written down from its index."""
+    names = ["model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"]
+    for i in range(layers):
+        names += [f"model.layers.{i}.{x}.weight" for x in (
+            "input_layernorm", "post_attention_layernorm", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+            "self_attn.o_proj", "self_attn.q_norm", "self_attn.k_norm", "mlp.gate")]
+        names += [f"model.layers.{i}.mlp.experts.{e}.{x}_proj.weight" for e in range(experts)
+                  for x in ("gate", "up", "down")]
+
+    def both(prefix, *parts):
+        return [f"{prefix}.{part}.{leaf}" for part in parts for leaf in ("weight", "bias")]
+
+    names += ["audio_tower.conv_out.weight"]
+    names += both("audio_tower", "conv2d1", "conv2d2", "conv2d3", "ln_post", "proj1", "proj2")
+    for i in range(encoder_layers):
+        names += both(f"audio_tower.layers.{i}", "self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj",
+                      "self_attn.out_proj", "self_attn_layer_norm", "fc1", "fc2", "final_layer_norm")
+    names += ["visual.pos_embed.weight", *both("visual", "patch_embed.proj")]
+    for i in range(blocks):
+        names += both(f"visual.blocks.{i}", "attn.qkv", "attn.proj", "mlp.linear_fc1", "mlp.linear_fc2", "norm1",
+                      "norm2")
+    for merger in ("merger", *(f"merger_list.{i}" for i in range(mergers))):
+        names += both(f"visual.{merger}", "ln_q", "mlp.0", "mlp.2")
+    return {f"thinker.{name}" for name in names}
+
+
+def test_exported_names_are_the_hubs(tmp_path):
+    """What save writes for the 30B's config, two layers of it and narrow ones, has the names of the hub."""
+    config = omni_config(layers=2, experts=16, hidden=64, audio=40, vision=32, vocabulary=400)
+    small = tiny.qwen3_omni()
+    token = small.tokenizer.convert_tokens_to_ids
+    for name in ("audio", "image", "video"):
+        setattr(config.thinker_config, f"{name}_token_id", token(f"<|{name}_pad|>"))
+    config.thinker_config.text_config.rope_parameters["mrope_section"] = [1, 1, 0]
+    config.save_pretrained(tmp_path)
+    thinker = model.AutoModelForMultimodalLM.from_config(config.thinker_config, dtype=torch.float32)
+    model.make_policy(thinker, small.tokenizer, small.feature_extractor).save(tmp_path / "saved")
+    written = tensors(tmp_path / "saved")
+    assert set(written) == hub_names(2, 16, 1, 27, 3)
+    assert written["thinker.model.layers.1.mlp.experts.15.gate_proj.weight"].shape == (24, 64)
+
+
+# ───────────────────────────────────────────────────────── the plan ───────────────────────────────────────────────────
+
+
+def planned(capsys, folder, *more):
+    """What --plan prints: its text, and the table as a dict in GiB. Needs no weights and writes nothing."""
+    assert train.main(["--model", str(folder), "--plan", "true", *map(str, more)]) == 0
+    text = capsys.readouterr().out
+    return text, {name: float(size) for name, size in re.findall(r"^\| (.+?) \| ([\d.]+) \|$", text, re.M)}
+
+
+LORA = ("--lora_rank", 128, "--lora_alpha", 512)
+
+
+def test_plan_of_the_30b(big, capsys, monkeypatch, tmp_path):
+    """The paper's 24 GPUs of 96 GB are enough; 8 of 80 for LoRA; one of 80 is not. Lines add up to the sum, and more
+    GPUs share what is sharded and nothing else."""
+    monkeypatch.chdir(tmp_path)
+    text, table = planned(capsys, big, "--plan_gpus", 24, "--plan_gib", 96)
+    assert "31.72 B parameters" in text and re.search("^fits 96 GiB", text, re.M), text
+    total = table.pop("sum")
+    assert all(size > 0 for size in table.values()) and sum(table.values()) == pytest.approx(total, abs=0.06)
+    assert table["weights, fp32, sharded"] == pytest.approx(31.72e9 * 4 / 24 / 2**30, abs=0.02)
+    assert "does not fit 80 GiB" in planned(capsys, big, "--plan_gpus", 1, "--plan_gib", 80)[0]
+    text, _ = planned(capsys, big, *LORA, "--plan_gpus", 8, "--plan_gib", 80)
+    assert re.search("^fits 80 GiB", text, re.M), text
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("more", [(), LORA, ("--freeze_audio_tower", "false")], ids=["full", "lora", "audio"])
+def test_plan_shares_what_is_sharded(big, more):
+    """Twice the GPUs: half of every sharded line, the same of all others. Longer rows need more activations."""
+    config = train.read_config(["--model", str(big), *map(str, more)])
+    policy = train.set_trainable(model.load_policy(big, meta=True), config)
+    (few, _), (many, _) = (plan.plan(policy, config, gpus) for gpus in (8, 16))
+    assert list(few) == list(many) and any("sharded" in name for name in few)
+    for name in few:
+        assert many[name] == pytest.approx(few[name] / (2 if "sharded" in name else 1)), name
+    (longer, _) = plan.plan(policy, train.read_config(["--model", str(big), "--max_new_tokens", "2400"]), 8)
+    assert longer["activations"] > few["activations"]
+
+
+@pytest.mark.parametrize("name", ["grpo", "mapo", "lora"])
+def test_plan_is_what_two_ranks_hold(world, runs, name):
+    """The sharded lines for two GPUs are what each of two ranks held after a step, within 2 % (reference in fp32)."""
+    folder = runs(name, 2)
+    config = train.read_config(arguments(world, folder, *CONFIGURATIONS[name]))
+    policy = train.set_trainable(model.load_policy(world / "model", meta=True), config)
+    lines_of, _ = plan.plan(policy, config, 2)
+    for rank in (0, 1):
+        held = json.loads((folder / f"held-{rank}.json").read_text())
+        for what, line in (("weights", "weights, fp32, sharded"), ("gradients", "gradients, fp32, sharded"),
+                           ("AdamW", "AdamW, fp32, sharded"), ("reference", "reference, bf16, sharded")):
+            width = 2 if "bf16" in line else 4
+            assert width * held[what] == pytest.approx(lines_of[line], rel=0.02), what
