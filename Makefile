@@ -5,7 +5,7 @@ toy: venv
 	.venv/bin/python train.py recipes/toy.yaml
 
 test: venv
-	.venv/bin/python -m pytest
+	.venv/bin/python -m pytest -m "not slow"
 
 venv: .venv/installed
 

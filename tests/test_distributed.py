@@ -221,7 +221,8 @@ def flat(weights):
     return torch.cat([weights[name].flatten() for name in sorted(weights)])
 
 
-@pytest.mark.parametrize("name, ranks", [(name, ranks) for ranks, names in RANKS.items() for name in names])
+@pytest.mark.parametrize("name, ranks", [pytest.param(name, ranks, marks=[pytest.mark.slow] if ranks > 2 else [])
+                                         for ranks, names in RANKS.items() for name in names])
 def test_ranks_train_as_one_process(world, runs, name, ranks):
     """The same completions, gradient norms within 1e-5, losses and means, per-token records, and weights after four
     steps within 1e-5 of their size and 1e-4 of the way that they went."""
@@ -298,6 +299,7 @@ def test_export_of_two_ranks(world, runs, name):
 # ────────────────────────────────────────────────── a node that serves ────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_four_nodes_one_of_which_serves(world, alone, tmp_path):
     """The last of four nodes serves and trains nothing, for a run in step, one ahead, and one whose server is killed:
     all three finish with the weight versions that they must have, and nothing is left running."""
@@ -392,6 +394,7 @@ MOMENTS = [
     (5, "term step 3", 3)]
 
 
+@pytest.mark.slow
 def test_resumes_from_any_moment(world, alone, uninterrupted, tmp_path):
     """Killed before each optimizer step, while a state is written, renamed or just renamed, and in the last export, a
     run that resumes ends with every number of the run that nobody stopped. Steps since the last state are lost, none
@@ -463,6 +466,7 @@ def test_resume_accepts_another_place(world, alone, stopped, uninterrupted, tmp_
         assert first["grad_norm"] == pytest.approx(second["grad_norm"], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_resume_on_another_number_of_ranks(world, alone, stopped, uninterrupted, tmp_path):
     """SIGTERM to torchrun's agent of two ranks leaves the state of the step; it resumes on two ranks and on one, and
     the state of one process on two ranks."""
