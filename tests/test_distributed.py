@@ -32,6 +32,7 @@ import plan
 import train
 from data import read_questions
 from distributed import Team
+from tiny import arguments, lines
 
 ROOT = Path(__file__).resolve().parents[1]
 RUN = ROOT / "tests" / "run_train.py"
@@ -51,26 +52,7 @@ def world(tmp_path_factory):
         policy.base.lm_head.weight[:, 0] = 0
         policy.base.lm_head.weight[policy.eos_ids, 0] = 0.7
         policy.base.lm_head.weight[policy.placeholder_ids, 0] = -10
-    policy.save(folder / "model")
-    rows = [{"id": q.id, "audio": q.audio[0].name, "question": q.question, "choices": list(q.choices),
-             "answer": q.answer}
-            for q in tiny.questions(folder, seconds=((0.7,), (1.3,), (0.25,), (0.5,), (1.0,), (0.4,)))]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def arguments(world, out, *more):
-    """Flags of a short run: 4 steps of 8 completions, 2 a generation batch."""
-    flags = {"model": world / "model", "data": world / "train.jsonl", "output_dir": out, "max_steps": 4,
-             "group_size": 4, "generation_batch_size": 16, "steps_per_generation": 2, "micro_batch_size": 3,
-             "temperature": 1.2, "top_k": 0, "top_p": 1.0, "max_new_tokens": 12, "checker": "rule",
-             "learning_rate": 1e-3, "gradient_checkpointing": "false"}
-    given = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
-    return [*given, "--target_layers", "1", "2", *map(str, more)]
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return tiny.write_world(folder, policy)
 
 
 def near(value, **within):

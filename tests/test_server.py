@@ -31,7 +31,9 @@ import rollout
 import train
 import vllm_worker
 from data import InputError, Question, conversation, read_questions
+from processes import members, wait_for_end
 from rollout import RolloutError, Server, check_push, push_weights, sample
+from tiny import lines
 
 ROOT = Path(__file__).resolve().parents[1]
 PYTHON = ROOT / "tests" / "stand_in" / "python"
@@ -91,30 +93,6 @@ def requests(path=None):
 
 def chats():
     return requests("/v1/chat/completions")
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-
-
-def members(group):
-    """Process ids of a process group, without zombies."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
-
-
-def wait_for_end(group, seconds=15):
-    until = time.monotonic() + seconds
-    while members(group) and time.monotonic() < until:
-        time.sleep(0.1)
-    return not members(group)
 
 
 def impatient(server):

@@ -22,6 +22,7 @@ from transformers import Qwen3OmniMoeThinkerForConditionalGeneration
 import model
 import train
 from data import read_questions
+from tiny import arguments, lines
 from train import TrainConfig, main, read_config
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -39,27 +40,8 @@ def some_reward():
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
     """A folder with a tiny model and six questions, as a user would bring it."""
-    folder = tmp_path_factory.mktemp("world")
-    tiny.qwen3_omni(std=0.08).save(folder / "model")  # well conditioned: in fp32 sums of another order differ by 1e-7
-    rows = [{"id": q.id, "audio": q.audio[0].name, "question": q.question, "choices": list(q.choices),
-             "answer": q.answer}
-            for q in tiny.questions(folder, seconds=((0.7,), (1.3,), (0.25,), (0.5,), (1.0,), (0.4,)))]
-    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return folder
-
-
-def arguments(world, out, *more):
-    """Flags of a short run: 4 steps of 8 completions, 2 a generation batch."""
-    flags = {"model": world / "model", "data": world / "train.jsonl", "output_dir": out, "max_steps": 4,
-             "group_size": 4, "generation_batch_size": 16, "steps_per_generation": 2, "micro_batch_size": 3,
-             "temperature": 1.2, "top_k": 0, "top_p": 1.0, "max_new_tokens": 12, "checker": "rule",
-             "learning_rate": 1e-3, "gradient_checkpointing": "false"}
-    given = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
-    return [*given, "--target_layers", "1", "2", *map(str, more)]
-
-
-def lines(path):
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    policy = tiny.qwen3_omni(std=0.08)  # well conditioned: in fp32 sums of another order differ by 1e-7
+    return tiny.write_world(tmp_path_factory.mktemp("world"), policy)
 
 
 # ───────────────────────────────────────────────── the gradient of a step ─────────────────────────────────────────────
@@ -351,7 +333,7 @@ def bad(tmp_path, world, **change):
     """A copy of the first rows with one changed: a jsonl file with paths into `world`."""
     rows = lines(world / "train.jsonl")
     for row in rows:
-        row["audio"] = str(world / row["audio"])
+        row["audio"] = [str(world / clip) for clip in row["audio"]]
     rows[1].update(change)
     path = tmp_path / "bad.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
@@ -533,4 +515,4 @@ def test_recipes(path):
     if path.stem in expected:
         mask, eta, rank = expected[path.stem]
         assert config == replace(TrainConfig(), mask=mask, eta=eta, lora_rank=rank, data_format=config.data_format,
-                                 output_dir=f"runs/{path.stem}")
+                                 output_dir=f"runs/{path.stem}", rollout="vllm")

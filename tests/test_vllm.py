@@ -24,6 +24,7 @@ import rollout
 import toy
 import train
 from data import read_questions
+from processes import members, wait_for_end
 from rewards import CHECKER_PROMPT, CheckerError, consistency_rewards
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,26 +52,6 @@ def served(world, tmp_path_factory):
         yield server, folder
         group = server.process.pid
     assert wait_for_end(group)
-
-
-def members(group):
-    """Process ids of a process group; zombies, which have ended and wait for their parent, do not count."""
-    found = []
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            fields = stat.read_text().rpartition(")")[2].split()
-        except (FileNotFoundError, ProcessLookupError):
-            continue
-        if int(fields[2]) == group and fields[0] != "Z":
-            found.append(int(stat.parent.name))
-    return found
-
-
-def wait_for_end(group, seconds=20):
-    until = time.monotonic() + seconds
-    while members(group) and time.monotonic() < until:
-        time.sleep(0.2)
-    return not members(group)
 
 
 def changed(policy, seed):

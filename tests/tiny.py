@@ -114,3 +114,27 @@ def questions(folder, seconds=((0.7,), (1.3, 0.4), (0.25,)), seed=0):
         text = "Which sound comes first?" + " In the recording." * i
         result.append(Question(f"q{i}", tuple(clips), text, ("a bell", "a dog", "a siren"), "a dog"))
     return result
+
+
+def write_world(folder, policy, seconds=((0.7,), (1.3,), (0.25,), (0.5,), (1.0,), (0.4,))):
+    """A folder with a model and questions, as a user would bring it."""
+    policy.save(folder / "model")
+    rows = [{"id": q.id, "audio": [clip.name for clip in q.audio], "question": q.question, "choices": list(q.choices),
+             "answer": q.answer} for q in questions(folder, seconds=seconds)]
+    (folder / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return folder
+
+
+def arguments(world, out, *more):
+    """Flags of train.py for a short run on it: 4 steps of 8 completions, 2 a generation batch."""
+    flags = {"model": world / "model", "data": world / "train.jsonl", "output_dir": out, "max_steps": 4,
+             "group_size": 4, "generation_batch_size": 16, "steps_per_generation": 2, "micro_batch_size": 3,
+             "temperature": 1.2, "top_k": 0, "top_p": 1.0, "max_new_tokens": 12, "checker": "rule",
+             "learning_rate": 1e-3, "gradient_checkpointing": "false"}
+    given = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
+    return [*given, "--target_layers", "1", "2", *map(str, more)]
+
+
+def lines(path):
+    """The records of a jsonl file."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
