@@ -2,11 +2,12 @@
 
     python train.py recipes/toy.yaml                       # the embedded toy, on a CPU
     python train.py recipes/mapo_phase1.yaml --model FOLDER --data train.jsonl
+    torchrun --nnodes 4 --nproc-per-node 8 train.py recipes/mapo_phase1.yaml --model FOLDER …    # see distributed.py
     python train.py --help                                 # every field: symbol, default, source
 
 A recipe is a yaml file of fields; flags after it override. A run writes into output_dir: config.yaml, metrics.jsonl (a
 line per optimizer step), completions.jsonl (a line per completion), evaluation.jsonl (greedy accuracy on eval_data),
-training.png, and checkpoint/, a folder that transformers and vLLM load.
+training.png, and checkpoint/, a folder that transformers and vLLM load; while it lasts state/, to resume from.
 
 The names of the paper: one *iteration* of Algorithm 1 is one generation batch here; its completions are split over
 `steps_per_generation` optimizer steps, as in the paper (768 completions, 4 steps of 192).
