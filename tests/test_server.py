@@ -768,9 +768,10 @@ def test_the_block_ends_the_server(world, tmp_path, fails, loading):
 
 
 TRAINERS = """
-import os, sys, time
+import os, signal, sys, time
 from pathlib import Path
 from rollout import Server
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background is started to ignore it
 folder, python, *ways = sys.argv[1:]
 for way in ways:
     if os.fork() == 0:
