@@ -109,7 +109,7 @@ def join(config):
         if rank == 0:
             store.set("over", "well")
         store.set(f"left/{rank}", "well")
-    except BaseException as error:
+    except BaseException as error:  # of any kind, also KeyboardInterrupt: the others are told, and it is raised again
         if isinstance(error, RuntimeError):  # a collective breaks where another rank fails: let the watch tell which
             time.sleep(2 * BEAT_SECONDS)
         with contextlib.suppress(RuntimeError):  # the store itself may be gone

@@ -175,8 +175,7 @@ def _train(config, team):
     optimizer, schedule = make_optimizer(policy, config)
     if config.resume:
         done, batch = resume(policy, optimizer, schedule, config, team)
-    stop = ask_to_stop()
-    with (open_log(config, team, done) as log,
+    with (asked_to_stop() as stop, open_log(config, team, done) as log,
           open_servers(config, policy, [*questions, *eval_questions], team) as (server, checker)):
         if eval_questions and not done:
             log("evaluation.jsonl", evaluate(policy, eval_questions, config, 0, server, team))
@@ -232,12 +231,18 @@ def _train(config, team):
         print(f"{config.output_dir}: training.png, metrics.jsonl, completions.jsonl, checkpoint/")
 
 
-def ask_to_stop():
-    """SIGTERM → an event: the run saves its state after the step that it is in, and ends."""
+@contextlib.contextmanager
+def asked_to_stop():
+    """SIGTERM → an event, while it lasts: the run saves its state after the step that it is in, and ends."""
     event = threading.Event()
-    if threading.current_thread() is threading.main_thread():
-        signal.signal(signal.SIGTERM, lambda *_: event.set())
-    return event
+    if threading.current_thread() is not threading.main_thread():  # Python lets no other thread handle signals
+        yield event
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield event
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 @dataclass
