@@ -16,6 +16,7 @@ import sys
 import threading
 import time
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -961,7 +962,8 @@ def test_train(world, tmp_path, some_reward, stand_in):
     assert metrics[0]["seconds_push"] > 0 and metrics[2]["seconds_push"] > 0 == metrics[1]["seconds_push"]
     assert [r["path"] for r in requests()].count("/collective_rpc") == 2  # version 0 it held, version 4 it evaluated
     policy = model.load_policy(out / "checkpoint")
-    here = train.evaluate(policy, read_questions(world / "data.jsonl"), train.read_config(arguments(world, out)), 4)
+    config = replace(train.read_config(arguments(world, out)), rollout="local")
+    here = train.evaluate(policy, read_questions(world / "data.jsonl"), config, 4)
     assert lines(out / "evaluation.jsonl")[1] == here
     assert len(stand_in) == before + 1 and wait_for_end(stand_in[-1][1], 2) and not (out / "weights").exists()
 
