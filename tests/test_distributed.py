@@ -207,7 +207,8 @@ def flat(weights):
                                          for ranks, names in RANKS.items() for name in names])
 def test_ranks_train_as_one_process(world, runs, name, ranks):
     """The same completions, gradient norms within 1e-5, losses and means, per-token records, and weights after four
-    steps within 1e-5 of their size and 1e-4 of the way that they went."""
+    steps within 1e-5 of their size and 1e-3 of the way that they went: AdamW's first steps follow the gradient's sign,
+    and where a gradient is rounding alone, so is its sign."""
     one, many = runs(name, 1), runs(name, ranks)
     for first, second in zip(lines(one / "completions.jsonl"), lines(many / "completions.jsonl"), strict=True):
         for key in ("step", "prompt_id", "token_ids", "text", "reward_total", "weight_version", "finish_reason"):
@@ -225,7 +226,7 @@ def test_ranks_train_as_one_process(world, runs, name, ranks):
                                                                many / "checkpoint"))
     gap, moved = (alone - team).norm(), (alone - start).norm()
     print(f"{name} on {ranks}: weights {gap / alone.norm():.1e} of their size, {gap / moved:.1e} of their way")
-    assert gap < 1e-5 * alone.norm() and gap < 1e-4 * moved and moved > 1e-3
+    assert gap < 1e-5 * alone.norm() and gap < 1e-3 * moved and moved > 1e-3
 
 
 @given(sizes=st.lists(st.integers(1, 3000), min_size=1, max_size=60), size=st.integers(1, 9))
