@@ -108,6 +108,7 @@ def join(config):
         yield Team(rank, trainers, device, rank >= trainers, trainers < world, mesh, group, store)
         if rank == 0:
             store.set("over", "well")
+        dist.barrier()  # gloo aborts a process whose connection another tears down first
         store.set(f"left/{rank}", "well")
     except BaseException as error:  # of any kind, also KeyboardInterrupt: the others are told, and it is raised again
         if isinstance(error, RuntimeError):  # a collective breaks where another rank fails: let the watch tell which
