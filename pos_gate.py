@@ -2,7 +2,7 @@
 
     token ids → bytes → text → words → Penn tags → universal tags → tags of the tokens → 0/1
 
-Runs on the CPU, once per completion, on token ids; needs nltk and the data of its averaged perceptron tagger (English).
+Runs on the CPU, on the token ids of all completions together; needs nltk and its averaged perceptron tagger (English).
 
 Universal tags are those of Petrov, Das & McDonald 2012 (arXiv 1104.2086): X is their "other", where interjections and
 foreign words go, which is how Appendix E reads X ("unclassified tokens (such as onomatopoeic words like shhh)").
@@ -10,12 +10,13 @@ foreign words go, which is how Appendix E reads X ("unclassified tokens (such as
 
 import importlib.util
 import re
-from bisect import bisect_left, bisect_right
 from functools import cache, lru_cache
-from itertools import accumulate
 
 import nltk
+import numpy as np
 from nltk.tag.perceptron import PerceptronTagger
+
+from tagger import tag_texts
 
 POS_TARGETS = frozenset({"NOUN", "VERB", "ADJ", "ADV", "NUM", "X"})  # paper, Appendix E
 
@@ -48,10 +49,10 @@ def pos_gate(token_ids, tokenizer, targets=POS_TARGETS):
 
 
 def pos_gate_batch(batch_of_token_ids, tokenizer, targets=POS_TARGETS):
-    """g_t^pos of many completions → (list of lists of 0/1, number of completions that fell back).  (Appendix E)
+    """g_t^pos of many completions → (list of lists of 0/1, list of 0/1: did the completion fall back).  (Appendix E)
 
-    batch_of_token_ids: completions without padding, of any lengths; tokenizer: from transformers, byte-level BPE or
-    SentencePiece; targets: universal tags that count as substantive.
+    batch_of_token_ids: completions without padding, of any lengths, best all at once (see tagger.py); tokenizer: of
+    transformers, byte-level BPE or SentencePiece; targets: universal tags that count as substantive.
     A token is 1 when it overlaps a word whose tag is in `targets`. White space, punctuation, symbols, emoji, special
     tokens and the tags of the answer format are 0. A completion with words, none of them substantive, is all 0.
 
@@ -65,19 +66,15 @@ def pos_gate_batch(batch_of_token_ids, tokenizer, targets=POS_TARGETS):
     universal = set(PENN_TO_UNIVERSAL.values())
     if not set(targets) <= universal:
         raise ValueError(f"targets holds {sorted(set(targets) - universal)}; universal tags are {sorted(universal)}")
-    gates, fallbacks = [], 0
-    for token_ids in batch_of_token_ids:
-        words = tagged_words(token_ids, tokenizer)
-        if words is None:
-            gates.append([1] * len(token_ids))
-            fallbacks += 1
-            continue
-        gate = [0] * len(token_ids)
-        for first, end, tag in words:
+    gates, fell_back = [], []
+    for token_ids, words in zip(batch_of_token_ids, tagged_words(batch_of_token_ids, tokenizer)):
+        gate = [int(words is None)] * len(token_ids)
+        for first, end, tag in words or ():
             if tag in targets:
                 gate[first:end] = [1] * (end - first)
         gates.append(gate)
-    return gates, fallbacks
+        fell_back.append(int(words is None))
+    return gates, fell_back
 
 
 def token_tags(token_ids, tokenizer):
@@ -86,7 +83,7 @@ def token_tags(token_ids, tokenizer):
     A token that overlaps two words, as " don" of do|n't may, has the tag of the first; the gate looks at both. None in
     place of the list where pos_gate falls back.
     """
-    words = tagged_words(token_ids, tokenizer)
+    words, = tagged_words([token_ids], tokenizer)
     if words is None:
         return None
     tags = [None] * len(token_ids)
@@ -96,26 +93,35 @@ def token_tags(token_ids, tokenizer):
     return tags
 
 
-def tagged_words(token_ids, tokenizer):
-    """The words of a completion → list of (first token, token after the last, universal tag), or None: no alignment.
+def tagged_words(batch_of_token_ids, tokenizer):
+    """The words of each completion → list of (first token, token after the last, universal tag), or None: no alignment.
 
     Works on bytes, because a token may hold a part of a UTF-8 character: the bytes of all tokens are decoded at once,
     and a word's span in the text is turned back into its span of bytes.
     """
     pieces = _piece_bytes(tokenizer)
-    data = [pieces.get(token_id) for token_id in token_ids]
-    if None in data:
-        return None
-    starts = list(accumulate(map(len, data), initial=0))  # the byte where each token starts, then the end
-    text = b"".join(data).decode("utf-8", _KEEP_LENGTH)
+    data = [[pieces.get(token_id) for token_id in token_ids] for token_ids in batch_of_token_ids]
+    aligned = [None not in row for row in data]
+    texts = [b"".join(row).decode("utf-8", _KEEP_LENGTH) if ok else "" for row, ok in zip(data, aligned)]
+    result = []
+    for row, ok, text, spans in zip(data, aligned, texts, tagged_spans(texts)):
+        if not ok:
+            result.append(None)
+            continue
+        token_starts = np.cumsum([0, *map(len, row)])  # the byte where each token starts, then the end
+        starts, ends, tags = zip(*spans) if spans else ((), (), ())
+        byte = _byte_of_character(text)
+        first = np.searchsorted(token_starts, byte[list(starts)], side="right") - 1
+        end = np.searchsorted(token_starts, byte[list(ends)], side="left")
+        result.append(list(zip(first.tolist(), end.tolist(), tags)) or None)
+    return result
 
-    words, byte, position = [], 0, 0  # `byte` is where text[position] starts
-    for start, end, tag in tagged_spans(text):
-        byte += len(text[position:start].encode("utf-8", _KEEP_LENGTH))
-        byte_end = byte + len(text[start:end].encode("utf-8", _KEEP_LENGTH))
-        words.append((bisect_right(starts, byte) - 1, bisect_left(starts, byte_end), tag))
-        byte, position = byte_end, end
-    return words or None
+
+def _byte_of_character(text):
+    """The byte where each character starts, then the end  [characters + 1]. What stands for a byte is one byte."""
+    code = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
+    width = 1 + (code > 0x7F) + (code > 0x7FF) + (code > 0xFFFF)  # of UTF-8
+    return np.cumsum([0, *np.where((0xDC80 <= code) & (code <= 0xDCFF), 1, width)])
 
 
 # ─────────────────────────────────────────────── text → words → tags ──────────────────────────────────────────────────
@@ -143,25 +149,34 @@ _PLAIN = str.maketrans("’‐‑", "'--")  # in words: the typographic apostrop
 _PENN_MARKS = {"“": "``", "”": "''", "‘": "`", "’": "'", "—": "--", "–": "--", "…": "...", "[": "(", "]": ")"}
 
 
-def tagged_spans(text):
-    """The words of a text and their tags → list of (start, end, universal tag).
+def tagged_spans(texts):
+    """The words of each text and their tags → lists of (start, end, universal tag)."""
+    read = [_tokens(text) for text in texts]
+    tags = tag_texts([tokens for _, tokens in read], load_tagger())
+    return [[(*span, PENN_TO_UNIVERSAL[tag]) for span, tag in zip(spans, own) if span]
+            for (spans, _), own in zip(read, tags)]
+
+
+def _tokens(text):
+    """What the tagger reads of a text: for each token its start and end, or None for context, and its spelling.
 
     Marks go to the tagger as context and do not come back. A newline or format tag goes to it as a full stop, so that
     words on its two sides are not read as neighbours (ours; in the release they are even one word).
     """
     text = FORMAT_TAG.sub(lambda tag: "\n" * len(tag[0]), text)
-    spans, tokens = [], []  # tokens: what the tagger reads; spans: start and end of each, None for context
+    spans, tokens = [], []
     for match in _TOKEN.finditer(text):
-        if match["word"]:
+        kind, token = match.lastgroup, match[0]
+        if kind == "word":
             spans.append(match.span())
-            tokens.append(match["word"].translate(_PLAIN))
-        elif match["mark"]:
+            tokens.append(token if token.isascii() else token.translate(_PLAIN))
+        elif kind == "mark":
             spans.append(None)
-            tokens.append(_penn_mark(match[0], text[match.start() - 1] if match.start() else " "))
+            tokens.append(_penn_mark(token, text[match.start() - 1] if match.start() else " "))
         elif tokens and tokens[-1] not in (".", "!", "?"):
             spans.append(None)
             tokens.append(".")
-    return [(*span, PENN_TO_UNIVERSAL[tag]) for span, (_, tag) in zip(spans, load_tagger().tag(tokens)) if span]
+    return spans, tokens
 
 
 def _penn_mark(run, before):

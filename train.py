@@ -354,8 +354,8 @@ def score(batch, policy, config, checker=None, team=Team()):
                  for a, f, c in zip(accuracy, form, consistency, strict=True)]
         batch.rewards = {"accuracy": torch.tensor(accuracy), "format": torch.tensor(form),
                          "consistency": torch.tensor(consistency), "total": torch.tensor(total)}
-        gated = [pos_gate_batch([c.token_ids], policy.tokenizer) for c in batch.completions]
-        batch.pos_gates, batch.pos_fallbacks = [gates[0] for gates, _ in gated], [count for _, count in gated]
+        batch.pos_gates, batch.pos_fallbacks = pos_gate_batch([c.token_ids for c in batch.completions],
+                                                              policy.tokenizer)
     batch.texts, batch.rewards, batch.pos_gates, batch.pos_fallbacks = team.share(
         (batch.texts, batch.rewards, batch.pos_gates, batch.pos_fallbacks))
     batch.advantages = group_advantages(batch.rewards["total"], config.group_size, config.advantage_eps)

@@ -194,7 +194,7 @@ def completions_for(rows, seed=0):
 
 
 @pytest.mark.parametrize("rows, temperature, checkpointing, chunks", [
-    ("padded", 1.2, False, None), ("padded", 1.0, True, (2, 3)), ("one", 1.0, True, None), ("one", 1.2, False, (4, 4)),
+    ("padded", 1.2, False, None), ("padded", 1.0, True, (83, 3)), ("one", 1.0, True, None), ("one", 1.2, False, (50, 4)),
     ("even", 1.2, False, (1, 1))])
 def test_values_and_gradients_equal_plain_attention(family, rows, temperature, checkpointing, chunks, monkeypatch):
     """Columns of every row, and the gradients of all parameters from log π and (through its max) from a_t."""
@@ -202,7 +202,7 @@ def test_values_and_gradients_equal_plain_attention(family, rows, temperature, c
     completions = completions_for(rows)
     weights = torch.randn(2, len(rows), 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     if chunks:
-        monkeypatch.setattr(module, "LOGIT_ROWS", chunks[0])
+        monkeypatch.setattr(module, "LOGIT_COLUMNS", chunks[0])
         monkeypatch.setattr(module, "MASS_ROWS", chunks[1])
 
     total = [0, 0]
@@ -313,8 +313,8 @@ def test_left_padding_of_any_length(qwen3):
 
 @pytest.mark.parametrize("temperature", [0.5, 1.0, 1.2])
 def test_token_statistics(temperature, monkeypatch):
-    """The function alone, on rows that do not divide by LOGIT_ROWS, with its gradients to states and lm_head."""
-    monkeypatch.setattr(module, "LOGIT_ROWS", 4)
+    """The function alone, in blocks of 4 columns of 11, with its gradients to states and lm_head."""
+    monkeypatch.setattr(module, "LOGIT_COLUMNS", 4)
     generator = torch.Generator().manual_seed(0)
     head = torch.nn.Linear(6, 11, bias=False, dtype=torch.float64)
     hidden = 3 * torch.randn(10, 6, dtype=torch.float64, generator=generator)
@@ -882,15 +882,15 @@ def test_lora_under_checkpointing(one_tiny):
 
 
 def test_nothing_of_T_by_V_or_heads_by_T_by_S_is_kept(one_tiny, monkeypatch):
-    """What outlives the forward: no logits beyond LOGIT_ROWS rows, no attention weights, not even a chunk of them."""
+    """What outlives the forward: no logits, no attention weights, not even a chunk of either."""
     policy, questions = one_tiny
-    monkeypatch.setattr(module, "LOGIT_ROWS", 4)
+    monkeypatch.setattr(module, "LOGIT_COLUMNS", 17)
     monkeypatch.setattr(module, "MASS_ROWS", 4)
     vocabulary, length = 332, 30
     batch = policy.collate([policy.encode(q) for q in questions[:2]], [[5] * length, [6] * (length - 3)])
     keys = batch.input_ids.shape[1]
     assert keys not in (32, 8, 16, vocabulary)  # the shapes of states, heads and experts are others
-    shapes, rows, alphas = [], [], []
+    shapes, logits, alphas = [], [], []
 
     def pack(tensor):
         shapes.append((tensor.shape, tensor.dtype))
@@ -902,20 +902,26 @@ def test_nothing_of_T_by_V_or_heads_by_T_by_S_is_kept(one_tiny, monkeypatch):
 
     weights = module.AudioMass.weights
     monkeypatch.setattr(module.AudioMass, "weights", staticmethod(counted))
-    handle = policy.base.lm_head.register_forward_hook(lambda m, args, output: rows.append(output.shape[0]))
+
+    def block(hidden, weight, temperature):
+        logits.append((len(hidden), len(weight)))
+        return block_logits(hidden, weight, temperature)
+
+    block_logits = module.TokenStatistics.logits
+    monkeypatch.setattr(module.TokenStatistics, "logits", staticmethod(block))
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         out = policy(batch, 1.2, LAYERS)
     # What Python still holds (a ctx, say), besides what autograd saved.
     shapes += [(o.shape, o.dtype) for o in gc.get_objects() if type(o) is torch.Tensor]
     (out.logp.sum() + out.head_mass.sum()).backward()
-    handle.remove()
     assert len(shapes) > 50 and out.head_mass.shape[-1] == length
     for shape, dtype in shapes:
-        if len(shape) and shape[-1] == vocabulary:
-            assert shape[:-1].numel() <= 4, shape
+        if len(shape) == 2 and shape[0] == 2 * length - 3:  # rows of the completion tokens: states, no logits
+            assert shape[1] == 32, shape
         if len(shape) > 3 and shape[-1] == keys and dtype.is_floating_point:  # [B, H, T, S]; a mask has one head
             assert shape[1] == 1, shape
-    assert max(rows) == 4 and sum(rows) == 2 * (2 * length - 3)  # forward and backward
+    assert {rows for rows, _ in logits} == {2 * length - 3} and max(columns for _, columns in logits) == 17
+    assert sum(columns for _, columns in logits) == 2 * vocabulary  # forward and backward
     assert max(alphas) == 4
 
 

@@ -16,6 +16,7 @@ from transformers import PreTrainedTokenizerFast, Qwen2Tokenizer
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import pos_gate as module
 from pos_gate import PENN_TO_UNIVERSAL, load_tagger, pos_gate, pos_gate_batch, tagged_spans, token_tags
+from tagger import tag_texts
 
 SENTENCES = ["The dog barks loudly at the end of the audio.</think>", "Don't stop: it's 3.5 kHz, a high-pitched shhh!",
              "The answer is a café — or 1,000 dogs"]
@@ -76,7 +77,7 @@ def substantive(penn_tag):
 
 
 def words_and_tags(text):
-    return [(text[a:b], tag) for a, b, tag in tagged_spans(text)]
+    return [(text[a:b], tag) for a, b, tag in tagged_spans([text])[0]]
 
 
 @pytest.mark.parametrize("text, expected", [
@@ -116,13 +117,12 @@ def test_words_and_their_tags(text, expected):
     ("shouldn't've I'd've y'all", "should n't 've I 'd 've y'all"),
 ])
 def test_what_the_tagger_reads(monkeypatch, text, read):
-    class Recorder:
-        def tag(self, tokens):
-            assert " ".join(tokens) == read
-            return [(token, "NN") for token in tokens]
+    def record(texts, tagger):
+        assert [" ".join(tokens) for tokens in texts] == [read]
+        return [["NN"] * len(tokens) for tokens in texts]
 
-    monkeypatch.setattr(module, "load_tagger", Recorder)
-    tagged_spans(text)
+    monkeypatch.setattr(module, "tag_texts", record)
+    tagged_spans([text])
 
 
 @pytest.mark.parametrize("text, ones", [
@@ -228,7 +228,7 @@ def test_agrees_with_a_second_implementation(tokenizer, think_tokenizer, parts):
         ids = encode(tok, text)
         assert string_extents(tok, ids)[0] == text
         expected = reference_gate(tok, ids, tag_of_char) if any(spans) else [1] * len(ids)
-        assert pos_gate_batch([ids], tok) == ([expected], int(not any(spans)))
+        assert pos_gate_batch([ids], tok) == ([expected], [int(not any(spans))])
 
 
 @settings(max_examples=150, deadline=None)
@@ -238,11 +238,11 @@ def test_projection_of_any_text(tokenizer, text):
     text = unicodedata.normalize("NFC", text.replace("\ufffd", ""))
     ids = encode(tokenizer, text)
     assert string_extents(tokenizer, ids)[0] == text
-    spans = tagged_spans(text)
+    spans = tagged_spans([text])[0]
     marked = {c for a, b, tag in spans if tag in module.POS_TARGETS for c in range(a, b)}
     tag_of_char = ["NN" if c in marked else None for c in range(len(text))]
     gate, fallbacks = pos_gate_batch([ids], tokenizer)
-    assert fallbacks == (not spans)
+    assert fallbacks == [not spans]
     assert gate[0] == (reference_gate(tokenizer, ids, tag_of_char) if spans else [1] * len(ids))
     assert all(any(char.isalnum() for char in text[a:b]) for a, b, _ in spans)  # no word without a letter or digit
     assert not any(char.isspace() for a, b, _ in spans for char in text[a:b])
@@ -256,9 +256,9 @@ def test_sampled_ids_need_not_be_utf8(tokenizer, ids):
     assert end == 334
     text = tokenizer.decode([newline if i == end else i for i in ids], clean_up_tokenization_spaces=False)
     gate, fallbacks = pos_gate_batch([ids], tokenizer)
-    assert fallbacks == (not tagged_spans(text))
+    assert fallbacks == [not tagged_spans([text])[0]]
     assert len(gate[0]) == len(ids)
-    assert fallbacks or any(gate[0]) == any(tag in module.POS_TARGETS for _, _, tag in tagged_spans(text))
+    assert fallbacks[0] or any(gate[0]) == any(tag in module.POS_TARGETS for _, _, tag in tagged_spans([text])[0])
 
 
 # ───────────────────────────────────────────── fallbacks and resources ────────────────────────────────────────────────
@@ -271,22 +271,38 @@ def test_fallbacks_are_counted(think_tokenizer):
     gates, fallbacks = pos_gate_batch(batch, think_tokenizer)
     fell_back = [True, True, True, True, False, False, True, True]
     assert [gate == [1] * len(ids) for gate, ids in zip(gates, batch)] == fell_back
-    assert fallbacks == 6
+    assert fallbacks == fell_back
     assert not any(gates[4]) and any(gates[5])
     assert [token_tags(ids, think_tokenizer) is None for ids in batch] == fell_back
-    assert pos_gate_batch([], think_tokenizer) == ([], 0)
+    assert pos_gate_batch([], think_tokenizer) == ([], [])
 
 
 def test_a_piece_without_bytes_falls_back():
     tokenizer = Qwen2Tokenizer(vocab={"dog": 0, "Ġthe": 1, "中": 2}, merges=[])  # no byte-level piece is 中 itself
-    assert pos_gate_batch([[0, 1], [0, 2]], tokenizer) == ([[1, 0], [1, 1]], 1)
+    assert pos_gate_batch([[0, 1], [0, 2]], tokenizer) == ([[1, 0], [1, 1]], [0, 1])
 
 
 def test_a_character_cut_off_is_no_fallback(tokenizer):
     ids = encode(tokenizer, "of the dog 中")
     whole, cut = pos_gate(ids, tokenizer), pos_gate_batch([ids[:-1]], tokenizer)
     assert whole[-4:] == [0, 1, 1, 1]
-    assert cut[0][0][-3:] == [0, 0, 0] and any(cut[0][0]) and cut[1] == 0
+    assert cut[0][0][-3:] == [0, 0, 0] and any(cut[0][0]) and cut[1] == [0]
+
+
+def test_tags_are_nltks():
+    """Many texts at once against NLTK's loop, texts of every length from none on. They are the same but for ties, which
+    NLTK breaks by the last bit of sums of floats: 3 differed in 576,000 tokens of documentation."""
+    tokens = [match.group() for file in sorted(Path(module.__file__).parent.glob("*.py"))
+              for match in module._TOKEN.finditer(file.read_text(encoding="utf-8")) if match.group().strip()]
+    texts, start = [[]], 0
+    while start < 12_000:
+        length = len(texts) * 7 % 190 + 1
+        texts.append(tokens[start:start + length])
+        start += length
+    found, expected = tag_texts(texts, load_tagger()), [[tag for _, tag in load_tagger().tag(text)] for text in texts]
+    assert list(map(len, found)) == list(map(len, expected))
+    assert sum(a != b for ours, nltks in zip(found, expected) for a, b in zip(ours, nltks)) <= 2
+    assert tag_texts([], load_tagger()) == []
 
 
 def test_missing_tagger_data_is_an_error(monkeypatch, tokenizer):
