@@ -548,3 +548,13 @@ def test_bad_input_is_one_line(world, tmp_path, arguments, message):
               "BAD": tmp_path / "bad.jsonl", "MMAU": tmp_path / "mmau.json"}
     code, _, err = run(*[places.get(argument, argument) for argument in arguments])
     assert code == 2 and message in err and err.startswith("error: ") and err.count("\n") == 1, err
+
+
+def test_names_of_models(capsys):
+    """NAME=DIR, or the folder's own name; the same name twice is refused."""
+    read = evaluate.read_options
+    assert read(["curves", "a=x/y", "z/run", "--out", "o"]).run == {"a": "x/y", "run": "z/run"}
+    assert read(["acs", "--model", "a=x", "--model", "y/b", "--data", "d", "--out", "o"]).model == {"a": "x", "b": "y/b"}
+    with pytest.raises(SystemExit):
+        read(["curves", "a/run", "b/run", "--out", "o"])
+    assert "the name 'run' is given twice" in capsys.readouterr().err
