@@ -36,15 +36,14 @@ from transformers.utils import logging as transformers_logging
 
 from data import SAMPLE_RATE, InputError, Question, load_audio, read_questions
 from mapo import MapoConfig, audio_attention_mass, differential_entropy, inverse_relevance_weight, relevance_mask
-from model import AudioMass, _row_slices, audio_token_count, check_policy, load_policy
+from model import AudioMass, _row_slices, audio_token_count, check_policy, load_policy, positions
 from pos_gate import POS_TARGETS, load_tagger, pos_gate_batch, token_tags
-from rewards import accuracy_reward, extract_answer, split_completion
+from rewards import accuracy_reward, extract_answer
 from rollout import RolloutError, Server, sample
 from scoring import (JudgeError, ask_judge, load_embedder, map_to_option, markdown_table, read_benchmark, score)
 from scoring import follows_instruction, mmsu_letter, parse_judge, string_match  # for who looks for them here
 
 BENCHMARKS = ("mmau", "mmar", "mmsu", "mmau-pro")
-AT_A_TIME = 64  # questions between two writes of a benchmark's completions
 RATIOS = (0.05, 0.10, 0.30, 0.50)  # of the audio that is masked (paper, Table 4)
 RANDOM_SEEDS = 5
 
@@ -56,37 +55,47 @@ def benchmark(options):
     """Generates, extracts, maps to an option and scores → out/{completions.jsonl, predictions.jsonl, report.json,
     table.md}. Questions that completions.jsonl has are not asked again: an interrupted evaluation goes on.
 
-    A question whose audio cannot be read is reported by its id, and counts as wrong.
+    A question whose audio cannot be read is reported by its id, counts as wrong, and is tried again by the next call.
     """
     items = read_benchmark(options.command, options.data, options.audio_root)
     judge, embed = open_judge(options), load_embedder(options.embedder) if options.embedder else None
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    settings = {name: getattr(options, name) for name in ("command", "model", "data", "temperature", "max_new_tokens",
-                                                          "instruction", "format_style", "dtype")}
-    if (out / "settings.json").is_file() and json.loads((out / "settings.json").read_text()) != settings:
-        raise InputError(f"{out}/settings.json: completions of another evaluation are here; give another --out")
-    (out / "settings.json").write_text(json.dumps(settings, indent=1))
-    rows = finished_rows(out / "completions.jsonl")
+    out, unreadable = Path(options.out), {}
+    settings = claim(out, options, "completions.jsonl", (
+        "command", "model", "data", "engine", "temperature", "seed", "max_new_tokens", "instruction", "dtype"))
+    rows = {row["id"]: row for row in finished_rows(out / "completions.jsonl")}
     missing = [item for item in items if item.id not in rows]
     if missing:
         with open_engine(options, max(len(item.audio) for item in items)) as (policy, server), \
                 open(out / "completions.jsonl", "a", encoding="utf-8") as file:
-            for start in tqdm(range(0, len(missing), AT_A_TIME), desc=options.command, unit=" chunks"):
-                for row in complete(policy, server, missing[start:start + AT_A_TIME], options):
+            for some in batches(missing, options, options.command):
+                made, broken = complete(policy, server, some, options)
+                unreadable |= broken
+                for row in made:
                     rows[row["id"]] = row
                     file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
-    predictions = {item.id: predict(item, rows[item.id], options, judge) for item in tqdm(items, desc="map")}
+    if not rows:
+        first_error = next(iter(unreadable.values()))
+        raise InputError(f"{options.data}: not one question could be asked; of the first: {first_error}")
+    answers = {i: row["text"].strip() if options.format_style == "none"
+               else extract_answer(row["text"], options.format_style) or "" for i, row in rows.items()}
+    if options.command == "mmau-pro":  # its scorers take free text, and would give an empty one points: left out
+        predictions = {i: answer for i, answer in answers.items() if answer}
+    else:
+        predictions = {item.id: map_to_option(answers.get(item.id, ""), item.choices, judge)
+                       for item in tqdm(items, desc="map")}
     with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps({"id": i, "prediction": p}, ensure_ascii=False) + "\n"
+        file.writelines(json.dumps({"id": i, "prediction": p, "answer": answers.get(i, "")}, ensure_ascii=False) + "\n"
                         for i, p in predictions.items())
-    unreadable = {row["id"]: row["error"] for row in rows.values() if "error" in row}
     for name, error in unreadable.items():
         print(f"{name}: counted wrong: {error}")
-    write_report(out, options.command, score(options.command, items, predictions, judge=judge, embed=embed),
-                 {"settings": settings, "unreadable": unreadable,
-                  "truncated": sum(row.get("finish_reason") == "length" for row in rows.values())}, options.model)
+    about = {"settings": settings, "judge": options.judge and options.judge_model, "unreadable": unreadable,
+             "truncated": sum(row["finish_reason"] == "length" for row in rows.values()),
+             "without an answer": sum(not answer for answer in answers.values()),
+             "answers that name no option": sum(bool(answers[i]) and not p for i, p in predictions.items()
+                                                if i in answers)}
+    report = score(options.command, items, predictions, judge=judge, embed=embed, answers=answers)
+    write_report(out, options.command, report, about, options.model)
 
 
 def score_only(options):
@@ -110,37 +119,41 @@ def score_only(options):
 
 
 def complete(policy, server, items, options):
-    """Benchmark items → rows {"id", "text", "finish_reason", "tokens"}, or {"id", "error"} for audio that can't be
-    read."""
-    rows, prompts = [], []
+    """Benchmark items → rows {"id", "text", "tokens", "finish_reason"}, and id → error of those that can't be asked."""
+    broken, prompts = {}, []
     for item in items:
         question = Question(item.id, item.audio, item.question, item.choices, item.answer)
         try:
             prompts.append(policy.encode(question, options.instruction))
         except InputError as error:
-            rows.append({"id": item.id, "error": str(error)})
+            broken[item.id] = str(error)
     completions = sample(policy, prompts, 1, temperature=options.temperature, max_new_tokens=options.max_new_tokens,
                          seed=options.seed, server=server)
-    return rows + [{"id": prompt.question.id, "text": policy.text(completion), "tokens": len(completion.token_ids),
-                    "finish_reason": completion.finish_reason} for prompt, completion in zip(prompts, completions)]
+    return [{"id": prompt.question.id, "text": policy.text(completion), "tokens": len(completion.token_ids),
+             "finish_reason": completion.finish_reason} for prompt, completion in zip(prompts, completions)], broken
 
 
-def predict(item, row, options, judge):
-    """What is scored: the option that the answer names, or "" (no answer, a refusal, audio that can't be read).
-    MMAU-Pro has scorers for free text, and gets the answer as it is."""
-    answer = extract_answer(row.get("text", ""), options.format_style) or ""
-    return answer if options.command == "mmau-pro" else map_to_option(answer, item.choices, judge)
+def claim(out, options, file, names):
+    """Makes the folder → the settings that its `file` is made with. Raises InputError where that was made with others:
+    rows of two evaluations must not mix."""
+    settings = {name: getattr(options, name) for name in names}
+    known = out / "settings.json"
+    if (out / file).is_file() and (not known.is_file() or json.loads(known.read_text()) != settings):
+        raise InputError(f"{out / file}: made by another evaluation; give another --out")
+    out.mkdir(parents=True, exist_ok=True)
+    known.write_text(json.dumps(settings, indent=1, ensure_ascii=False))
+    return settings
 
 
 def finished_rows(path):
-    """id → row of completions.jsonl. A last line that was cut off with the process is removed from the file."""
+    """The rows of a jsonl file that is being written. A last line that was cut off with the process is removed."""
     if not path.is_file():
-        return {}
+        return []
     data = path.read_bytes()
     whole = data[:data.rfind(b"\n") + 1]
     if whole != data:
         path.write_bytes(whole)
-    return {row["id"]: row for row in map(json.loads, whole.decode().splitlines())}
+    return [json.loads(line) for line in whole.split(b"\n")[:-1]]  # not splitlines: text may hold other line ends
 
 
 def write_report(out, name, report, about, label):
@@ -205,10 +218,16 @@ def trace_command(options):
     questions = read_questions(options.data)[:options.limit]
     given = read_completions(options.completions, questions) if options.completions else None
     questions = [q for q in questions if given is None or q.id in given]
-    out, traced = Path(options.out), defaultdict(list)
+    if not questions:
+        raise InputError(f"{options.data}: no question to trace; see --limit and --completions")
+    if len(options.model) > 1 and not options.reference:
+        raise InputError("trace: several models are compared against one π_text-ref; give --reference DIR")
+    load_tagger()
+    out, traced, policy = Path(options.out), defaultdict(list), None
     reference = load(options.reference, options) if options.reference else None
     rows = []
     for label, folder in options.model.items():
+        del policy  # two may not fit
         policy = load(folder, options)
         layers = target_layers(policy, options)
         check_policy(policy, questions, layers)
@@ -248,25 +267,30 @@ def draw_trace(panels, path):
     named = longest <= 150  # more tokens than that cannot be read under an axis
     figure = Figure(figsize=(min(30, max(7, 0.21 * longest + 1.5)), 3.1 * len(panels) + 0.5), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False, sharey=True)[:, 0]
-    top = max(max(row["audio_mass_max"]) for row in panels)
+    top, marker = max(max(row["audio_mass_max"]) for row in panels), "." if longest < 5 else None
     for axis, row in zip(axes, panels):
         x = range(1, len(row["token_ids"]) + 1)
         bars = axis.bar(x, row["delta_h"], color="tab:blue", alpha=0.55, width=0.8, label="$\\Delta h_t$")
         axis.axhline(0, color="black", linewidth=0.6)
         mass = axis.twinx()
-        high, = mass.plot(x, row["audio_mass_max"], color="tab:orange", label="$a_t$, max head")
-        mean, = mass.plot(x, row["audio_mass_mean"], "--", color="tab:orange", label="mean head")
-        mass.set(ylim=(0, 1.08 * top), ylabel="audio attention mass\n(share of attention)")
-        axis.set(title=f"{row['model']}: question {row['id']}", ylabel="$\\Delta h_t$ (nats)",
-                 xlim=(0, len(row["token_ids"]) + 1), xlabel="completion token" if axis is axes[-1] else "")
+        high, = mass.plot(x, row["audio_mass_max"], marker=marker, color="tab:orange", label="$a_t$, max head")
+        mean, = mass.plot(x, row["audio_mass_mean"], "--", marker=marker, color="tab:orange", label="mean head")
+        mass.set(ylim=(0, 1.08 * top or 1), ylabel="audio attention mass\n(share of attention)")
+        axis.set(title=f"{row['model']}: question {row['id']}", ylabel="$\\Delta h_t$ (nats)", xlim=(0, longest + 1),
+                 xlabel="completion token" if axis is axes[-1] else "")
         axis.set_zorder(mass.get_zorder() - 1)
         if named:
-            for text in axis.set_xticks(list(x), [t.replace("\n", "\\n") for t in row["tokens"]], rotation=90,
+            for text in axis.set_xticks(list(x), [printable(t) for t in row["tokens"]], rotation=90,
                                         fontsize=8):
                 text.label1.set_parse_math(False)  # a token may hold a $
     figure.legend([bars, high, mean], [h.get_label() for h in (bars, high, mean)], loc="outside upper right", ncols=3,
                   fontsize=8)
     figure.savefig(path, dpi=110)
+
+
+def printable(token):
+    """A token as a label: line ends and the like as escapes."""
+    return "".join(c if c.isprintable() else repr(c)[1:-1] for c in token)
 
 
 # ─────────────────────────────────────────────── by part of speech: Fig. 7 ────────────────────────────────────────────
@@ -367,9 +391,8 @@ def audio_token_scores(policy, prompts, completions, layers):
     policy.base.set_attn_implementation({"text_config": "audio_scores"})
     try:
         output = policy.base.model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
-                                   position_ids=(batch.attention_mask.cumsum(dim=1) - 1).clamp(min=0), **batch.audio,
-                                   output_attentions=True, score_layers=tuple(layers), score_first_row=first,
-                                   score_rows=rows)
+                                   position_ids=positions(batch.attention_mask), **batch.audio, output_attentions=True,
+                                   score_layers=tuple(layers), score_first_row=first, score_rows=rows)
     finally:
         policy.base.set_attn_implementation({"text_config": before})
     scores = torch.stack(output.attentions).mean(dim=0)  # [L, B, S] → [B, S]
@@ -411,8 +434,8 @@ def mask_variants(spans, scores, name):
 
 
 def evidence_masking(policy, questions, options, layers, label):
-    """Greedy answers to whole and to masked clips → a row a question: {"id", "model", "right", "seconds", "masked":
-    [{"kind", "seed", "ratio", "seconds", "right"}]}."""
+    """Greedy answers to whole and to masked clips → yields a row a question: {"id", "model", "right", "seconds",
+    "masked": [{"kind", "seed", "ratio", "seconds", "right"}]}."""
     def answers(questions):
         prompts = [policy.encode(q, options.instruction) for q in questions]
         completions = sample(policy, prompts, 1, temperature=0, max_new_tokens=options.max_new_tokens, seed=0)
@@ -420,7 +443,6 @@ def evidence_masking(policy, questions, options, layers, label):
             bool(accuracy_reward(policy.text(c), q.answer, q.choices, options.format_style))
             for c, q in zip(completions, questions)]
 
-    rows = []
     for some in batches(questions, options, f"acs {label}"):
         prompts, completions, right = answers(some)
         scores = audio_token_scores(policy, prompts, [c.token_ids for c in completions], layers)
@@ -443,25 +465,33 @@ def evidence_masking(policy, questions, options, layers, label):
                     masked.append(replace(question, audio=tuple(paths)))
                     seconds.append(sum(spans[t][1] - spans[t][0] for t in chosen) / SAMPLE_RATE)
                 _, _, outcome = answers(masked)
-                rows.append({"id": question.id, "model": label, "right": whole, "seconds": edges[-1] / SAMPLE_RATE,
-                             "masked": [{"kind": kind, "seed": seed, "ratio": ratio, "seconds": s, "right": r}
-                                        for (kind, seed, ratio), s, r in zip(variants, seconds, outcome)]})
-    return rows
+                yield {"id": question.id, "model": label, "right": whole, "seconds": edges[-1] / SAMPLE_RATE,
+                       "masked": [{"kind": kind, "seed": seed, "ratio": ratio, "seconds": s, "right": r}
+                                  for (kind, seed, ratio), s, r in zip(variants, seconds, outcome)]}
 
 
 def acs_command(options):
-    """`acs`: out/acs.jsonl, a row a question and model, out/acs.md (Table 4) and out/acs.png."""
+    """`acs`: out/acs.jsonl, a row a question and model, out/acs.md (Table 4) and out/acs.png. An answer counts by the
+    accuracy reward of training. Interrupted, it goes on with the next questions."""
     questions = read_questions(options.data)[:options.limit]
-    rows = []
-    for label, folder in options.model.items():
-        policy = load(folder, options)
-        layers = target_layers(policy, options)
-        check_policy(policy, questions, layers)
-        rows += evidence_masking(policy, questions, options, layers, label)
-    out = Path(options.out)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "acs.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    out, policy = Path(options.out), None
+    claim(out, options, "acs.jsonl", ("model", "data", "target_layers", "max_new_tokens", "instruction", "format_style",
+                                      "dtype"))
+    rows = finished_rows(out / "acs.jsonl")
+    done = {(row["model"], row["id"]) for row in rows}
+    with open(out / "acs.jsonl", "a", encoding="utf-8") as file:
+        for label, folder in options.model.items():
+            missing = [q for q in questions if (label, q.id) not in done]
+            if not missing:
+                continue
+            del policy  # two may not fit
+            policy = load(folder, options)
+            layers = target_layers(policy, options)
+            check_policy(policy, missing, layers)
+            for row in evidence_masking(policy, missing, options, layers, label):
+                rows.append(row)
+                file.write(json.dumps(row, ensure_ascii=False) + "\n")
+                file.flush()
     table = acs_table(rows)
     (out / "acs.md").write_text(table, encoding="utf-8")
     draw_acs(rows, out / "acs.png")
@@ -523,8 +553,7 @@ def curves_command(options):
         metrics = [row for _, row in numbered_rows(Path(folder) / "metrics.jsonl")]
         words = defaultdict(list)
         for _, row in numbered_rows(Path(folder) / "completions.jsonl"):
-            thinking, _ = split_completion(row["text"], options.format_style) or ("", "")
-            words[row["step"]].append(len(thinking.split()))
+            words[row["step"]].append(thinking_words(row["text"], options.format_style))
         for m in metrics:
             m["words"] = float(np.mean(words[m["step"]])) if words[m["step"]] else None
         runs[label] = metrics
@@ -557,12 +586,19 @@ def curves_command(options):
     print(f"{out}: {', '.join(figures)}")
 
 
+def thinking_words(text, format_style):
+    """Words of the thinking, also where it was cut off before its end (then they are the most)."""
+    if format_style == "think":  # the template may have opened the block
+        return len(text.partition("</think>")[0].replace("<think>", " ").split())
+    return len(text.partition("</reasoning>")[0].partition("<reasoning>")[2].split())
+
+
 # ───────────────────────────────────────────────────── contamination ──────────────────────────────────────────────────
 
 
 def contamination_command(options):
     """`contamination`: what a training file and a benchmark share, by question id, by the name of the audio file, and
-    by its samples (a hash of the decoded 16-bit samples, so that wav and flac of a recording are the same)."""
+    by its samples (a hash of them as 16-bit numbers, so that wav and flac of a recording are the same)."""
     train = read_questions(options.train)
     items = read_benchmark(options.benchmark, options.data, options.audio_root)
 
@@ -573,8 +609,10 @@ def contamination_command(options):
             for path in question.audio:
                 found["audio file name"].add(path.stem)
                 try:
-                    samples, _ = soundfile.read(path, dtype="int16")
-                    found["audio samples"].add(hashlib.sha256(samples.tobytes()).hexdigest())
+                    samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+                    samples = np.round(samples * 2**15).clip(-2**15, 2**15 - 1).astype("<i2")
+                    content = f"{rate} {samples.shape}".encode() + samples.tobytes()
+                    found["audio samples"].add(hashlib.sha256(content).hexdigest())
                 except soundfile.LibsndfileError as error:
                     print(f"{question.id}: {path} cannot be read and is not compared: {error}")
         return found
@@ -616,10 +654,12 @@ def numbered_rows(path):
     path = Path(path)
     if not path.is_file():
         raise InputError(f"{path}: no such file")
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(path.read_bytes().split(b"\n"), start=1):  # not splitlines: text may hold others
+        if not line.strip():
+            continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        except ValueError as error:  # no json, or no UTF-8
             raise InputError(f"{path}:{number}: not valid json ({error}); write one object a line") from error
         if not isinstance(row, dict):
             raise InputError(f"{path}:{number}: a {type(row).__name__}, not a json object")
@@ -649,10 +689,11 @@ def read_options(arguments):
         sub.set_defaults(run_command=run)
         return sub
 
-    def models(sub, **how):
-        sub.add_argument("--model", required=True, metavar="[NAME=]DIR", **how)
+    def models(sub, batch_size, styles=(), **how):
+        sub.add_argument("--model", required=True, **how)
         sub.add_argument("--instruction", default="", help="text after the options, as in training")
-        sub.add_argument("--format_style", default="think", choices=("think", "reasoning"))
+        sub.add_argument("--format_style", default="think", choices=("think", "reasoning", *styles))
+        sub.add_argument("--batch_size", type=int, default=batch_size, help="questions at a time (default %(default)s)")
         sub.add_argument("--dtype", default="bfloat16" if torch.cuda.is_available() else "float32",
                          choices=("bfloat16", "float32", "float64"))
 
@@ -665,7 +706,7 @@ def read_options(arguments):
 
     for name in BENCHMARKS:
         sub = command(name, benchmark, "generate, map to an option, score")
-        models(sub)
+        models(sub, 64, ("none",), metavar="DIR")
         scored(sub)
         sub.add_argument("--out", required=True)
         sub.add_argument("--engine", default="local", choices=("local", "vllm"))
@@ -684,12 +725,11 @@ def read_options(arguments):
     for name, run, limit, help in (("trace", trace_command, 8, "what the equations see at each token"),
                                    ("acs", acs_command, None, "local evidence masking, Eq. 17")):
         sub = command(name, run, help)
-        models(sub, action=Named)
+        models(sub, 8, action=Named, metavar="[NAME=]DIR")
         sub.add_argument("--data", required=True, help="jsonl of questions, see data.py")
         sub.add_argument("--out", required=True)
         sub.add_argument("--limit", type=int, default=limit, help="questions, from the first (default %(default)s)")
         sub.add_argument("--target_layers", type=int, nargs="+", help="L_tgt, 0-based (default: the last five)")
-        sub.add_argument("--batch_size", type=int, default=8, help="questions at a time")
         sub.add_argument("--max_new_tokens", type=int, default=2048)
         if name == "trace":
             sub.add_argument("--reference", help="folder of π_text-ref (default: the model itself)")
@@ -720,7 +760,6 @@ def main(arguments):
     transformers_logging.set_verbosity_error()  # its reports on a broken checkpoint run over many lines
     options = read_options(arguments)
     try:
-        load_tagger()
         options.run_command(options)
     except (InputError, LookupError) as error:
         if type(error) not in (InputError, LookupError):  # a KeyError is a bug of ours

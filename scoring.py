@@ -44,11 +44,12 @@ class Item:
     answer_letters: str = ""  # MMSU: the letters of the columns choice_a … choice_d that hold the answer
 
 
-def score(name, items, predictions, judge=None, embed=None):
+def score(name, items, predictions, judge=None, embed=None, answers=None):
     """The report of one benchmark: a dict that json can write.  (official rules; a missing row is wrong: ours)
 
     name: "mmau", "mmar", "mmsu" or "mmau-pro"; items: as read_benchmark gives them; predictions: {id: text}.
-    judge: prompt → reply, and embed: list of texts → matrix [texts, dims]; both for MMAU-Pro alone.
+    judge: prompt → reply, and embed: list of texts → matrix [texts, dims]; both for MMAU-Pro alone. answers: {id: the
+    text that a prediction was made from}, where MMSU's script reads its letters; without it, the predictions.
 
         accuracy, right, count   over all rows; right is a sum of points, in MMAU-Pro's open part of fractions
         missing, empty           rows without a prediction (wrong, counted), and with a blank one (scored as it is)
@@ -70,7 +71,7 @@ def score(name, items, predictions, judge=None, embed=None):
         points = [float(item.id in predictions and string_match(item.answer, predictions[item.id], item.choices))
                   for item in items]
         report = {**_tally(items, points), "method": "string match", "notes": [],
-                  "official": _official(name, items, predictions, points)}
+                  "official": _official(name, items, predictions, points, answers or predictions)}
     missing = sum(item.id not in predictions for item in items)
     if missing:
         report["notes"].append(f"{missing} of {len(items)} rows have no prediction and are counted wrong.")
@@ -92,9 +93,9 @@ def _check_scoring(name, items, predictions):
             raise InputError(f"{name}: the prediction of {key!r} is {text!r}; give a text, \"\" for none")
 
 
-def _official(name, items, predictions, points):
+def _official(name, items, predictions, points, answers):
     if name == "mmsu":
-        letters = [mmsu_letter(predictions.get(item.id, "")) for item in items]
+        letters = [mmsu_letter(answers.get(item.id, "")) for item in items]
         kept = [(item, float(letter in item.answer_letters)) for item, letter in zip(items, letters) if letter]
         method = "the letter that the official script reads; rows where it reads none are left out"
     else:
@@ -233,7 +234,8 @@ def map_to_option(text, choices, judge=None):
     chosen = _by_rules(text, choices)
     if chosen or judge is None:
         return chosen
-    reply = judge(MAP_PROMPT.format(options="\n".join(choices), answer=text))
+    lettered = "\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices))
+    reply = judge(MAP_PROMPT.format(options=lettered, answer=text))
     if reply.strip(" \n.\"*") == "NONE" and "NONE" not in choices:  # an option may read "None"
         return ""
     return _by_rules(reply, choices)

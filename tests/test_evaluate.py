@@ -129,8 +129,11 @@ def test_trace_command(world, tmp_path, pictures):
     given = {"q0": [70, 71, 72], "q2": [50, 320]}
     (tmp_path / "given.jsonl").write_text("".join(json.dumps({"id": i, "token_ids": ids}) + "\n"
                                                   for i, ids in given.items()))
-    code, _, err = run("trace", "--model", f"one={world / 'model'}", "--model", f"two={world / 'model'}", "--data",
-                       world / "train.jsonl", "--completions", tmp_path / "given.jsonl", "--out", tmp_path / "out")
+    arguments = ["trace", "--model", f"one={world / 'model'}", "--model", f"two={world / 'model'}", "--data",
+                 world / "train.jsonl", "--completions", tmp_path / "given.jsonl", "--out", tmp_path / "out"]
+    code, _, err = run(*arguments)
+    assert code == 2 and "give --reference" in err  # Δh of two models needs one language prior
+    code, _, err = run(*arguments, "--reference", world / "model")
     assert code == 0, err
     rows = lines(tmp_path / "out" / "trace.jsonl")
     assert [(r["model"], r["id"], r["token_ids"]) for r in rows] == [
@@ -156,13 +159,18 @@ def test_trace_samples_when_nothing_is_given(world, tmp_path, pictures):
 
 def test_a_token_may_hold_anything(tmp_path, pictures):
     """Dollars and line breaks stand in the labels as they are, and a long completion is drawn without them."""
-    row = {"model": "m", "id": "q", "tokens": ["$x", "\n", "_^{", "%"], "token_ids": [1, 2, 3, 4],
+    row = {"model": "m", "id": "q", "tokens": ["$x", "\n", "_^{", "\t%"], "token_ids": [1, 2, 3, 4],
            "delta_h": [0.1, -0.2, 0.0, 1.0], "audio_mass_max": [0.5] * 4, "audio_mass_mean": [0.1] * 4}
     evaluate.draw_trace([row], tmp_path / "few.png")
     long = {name: value * 60 if isinstance(value, list) else value for name, value in row.items()}
     evaluate.draw_trace([long], tmp_path / "long.png")
-    assert [t.get_text() for t in pictures["few.png"].axes[0].get_xticklabels()] == ["$x", "\\n", "_^{", "%"]
+    assert [t.get_text() for t in pictures["few.png"].axes[0].get_xticklabels()] == ["$x", "\\n", "_^{", "\\t%"]
     assert len(pictures["long.png"].axes[0].get_xticks()) < 40
+    none = {name: value[:1] if isinstance(value, list) else value for name, value in row.items()}
+    evaluate.draw_trace([long, {**none, "audio_mass_max": [0.0]}], tmp_path / "uneven.png")
+    assert {axis.get_xlim() for axis in pictures["uneven.png"].axes} == {(0, 241)}  # tokens stand under tokens
+    evaluate.draw_trace([{**none, "audio_mass_max": [0.0]}], tmp_path / "one.png")  # a point is to be seen
+    assert pictures["one.png"].axes[1].lines[0].get_marker() == "." and pictures["one.png"].axes[1].get_ylim() == (0, 1)
 
 
 # ───────────────────────────────────────────── part of speech, curves ─────────────────────────────────────────────────
@@ -209,6 +217,16 @@ def test_curves_of_two_runs(tmp_path, pictures):
     accuracy, length = drawn("fig4_accuracy_length.png")
     assert accuracy["b"][1] == [0.25, 0.375, 0.625] and length["mapo"][1] == [10, 15, 25]
     assert drawn("fig8_accuracy_words.png")[1]["b"] == ([1, 2, 3], [2, 3, 5])  # words of thinking: 2, 4, 6
+
+
+@pytest.mark.parametrize("text, style, words", [
+    ("<think> a b c</think> d", "think", 3), ("a b c</think> d", "think", 3), ("a b c", "think", 3),
+    ("<think> a b", "think", 2), ("</think> d", "think", 0),
+    ("<reasoning>a b</reasoning><answer>c</answer>", "reasoning", 2),
+    ("<reasoning>a b", "reasoning", 2), ("<answer>c</answer>", "reasoning", 0)])
+def test_words_of_thinking(text, style, words):
+    """A completion that was cut off in its thinking is all thinking."""
+    assert evaluate.thinking_words(text, style) == words
 
 
 # ───────────────────────────────────────────── local evidence masking ─────────────────────────────────────────────────
@@ -342,6 +360,12 @@ def test_masked_clips(world, tmp_path, monkeypatch):
             assert record["seconds"] == pytest.approx(silent.sum() / 16000)
             assert record["ratio"] <= record["seconds"] / row["seconds"] < record["ratio"] + 0.081 / row["seconds"]
     assert out.count("| tiny |") == 4 and (tmp_path / "acs.md").read_text() in out
+    cut = (tmp_path / "acs.jsonl").read_bytes()[:-30]  # killed while it wrote the second question
+    (tmp_path / "acs.jsonl").write_bytes(cut)
+    before = len(chosen)
+    code, out, err = run("acs", "--model", f"tiny={world / 'model'}", "--data", world / "train.jsonl", "--limit", 2,
+                         "--max_new_tokens", 6, "--target_layers", 1, 2, "--batch_size", 1, "--out", tmp_path)
+    assert code == 0 and lines(tmp_path / "acs.jsonl") == rows and len(chosen) == before + 1
     assert (tmp_path / "acs.png").stat().st_size > 5000
 
 
@@ -353,7 +377,7 @@ def test_two_clips_are_masked_as_one(family, tmp_path, monkeypatch):
     monkeypatch.setattr(model.Policy, "encode", lambda policy, q, *more: (
         heard.append([load_audio(path) for path in q.audio]), encode(policy, q, *more))[1])
     options = SimpleNamespace(instruction="", max_new_tokens=4, format_style="think", batch_size=4)
-    row, = evaluate.evidence_masking(policy, [question], options, LAYERS, "m")
+    row, = evaluate.evidence_masking(policy, [question], options, LAYERS, "m")  # one row
     first, second = heard[0]
     assert row["seconds"] == (len(first) + len(second)) / 16000
     for (one, two), record in zip(heard[1:], row["masked"], strict=True):
@@ -374,7 +398,8 @@ def test_eq17_by_hand(tmp_path, pictures):
             for kind, seed, right in outcomes]}
 
     rows = [row("a", False, True, [True, True, True, False, True]),
-            row("b", False, True, [True, False, False, False, False]), row("c", True, False, [True] * 5), row("d", True, True, [False] * 5)]
+            row("b", False, True, [True, False, False, False, False]),
+            row("c", True, False, [True] * 5), row("d", True, True, [False] * 5)]
     whole, by_ratio = evaluate.acs_accuracies(rows, "m")
     assert whole == 1 and by_ratio[0.5][0] == pytest.approx({"top": 0.5, "low": 0.75, "random": 0.5})
     rows[3]["masked"][2]["right"] = True
@@ -411,7 +436,7 @@ def mmau(world, folder, *more):
 
 def killable(arguments):
     """In a process of its own: two questions at a time, and time enough to be killed in."""
-    evaluate.AT_A_TIME, complete = 2, evaluate.complete
+    complete = evaluate.complete
     evaluate.complete = lambda *how: (time.sleep(0.15), complete(*how))[1]
     sys.exit(evaluate.main(arguments))
 
@@ -426,7 +451,8 @@ def test_interrupted_evaluation_resumes(world, tmp_path):
     context = multiprocessing.get_context("fork")
     for kill in range(5):
         with open(os.devnull, "w") as nowhere, contextlib.redirect_stderr(nowhere), contextlib.redirect_stdout(nowhere):
-            process = context.Process(target=killable, args=(mmau(world, tmp_path, "--out", out),))
+            process = context.Process(target=killable, args=(
+                mmau(world, tmp_path, "--out", out, "--batch_size", 2),))
             process.start()
         until, file = time.monotonic() + 60, out / "completions.jsonl"
         while (not file.is_file() or file.read_bytes().count(b"\n") <= seen) and time.monotonic() < until:
@@ -469,10 +495,88 @@ def test_broken_audio_is_reported_and_counted_wrong(world, tmp_path, monkeypatch
     code, out, _ = run(*mmau(world, tmp_path, "--out", tmp_path / "out"))
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert code == 0 and report["accuracy"] == pytest.approx(4 / 6) and report["count"] == 6
+    assert {row["id"] for row in lines(tmp_path / "out" / "completions.jsonl")} == {"m0", "m2", "m3", "m5"}
     assert set(report["unreadable"]) == {"m1", "m4"} and "m1: counted wrong" in out and "m4: counted wrong" in out
     predictions = {row["id"]: row["prediction"] for row in lines(tmp_path / "out" / "predictions.jsonl")}
     assert predictions == {**answers, "m1": "", "m4": ""}
     assert "MAPO" in (tmp_path / "out" / "table.md").read_text()
+    write_mmau(tmp_path, count=6)  # mended: those two are asked, and only they
+    asked = []
+    monkeypatch.setattr(evaluate, "sample", lambda policy, prompts, *how, **more: (
+        asked.extend(p.question.id for p in prompts), right(policy, prompts))[1])
+    assert run(*mmau(world, tmp_path, "--out", tmp_path / "out"))[0] == 0 and asked == ["m1", "m4"]
+    assert json.loads((tmp_path / "out" / "report.json").read_text())["accuracy"] == 1
+
+
+def test_a_wrong_audio_root_is_an_error(world, tmp_path):
+    """Not an accuracy of 0."""
+    write_mmau(tmp_path, count=3)
+    code, _, err = run(*mmau(world, tmp_path, "--audio_root", tmp_path / "nowhere", "--out", tmp_path / "out"))
+    assert code == 2 and "not one question could be asked" in err and not (tmp_path / "out" / "report.json").exists()
+
+
+def test_line_ends_in_a_completion(world, tmp_path, monkeypatch):
+    """U+2028 and the like stand in a line of json, and end none."""
+    write_mmau(tmp_path, count=2)
+    text = "one\u2028two\x85three</think> a drum"
+    monkeypatch.setattr(evaluate, "sample", lambda policy, prompts, *_, **__: [
+        Completion(policy.tokenizer(text)["input_ids"], [], "stop") for _ in prompts])
+    for _ in range(2):
+        assert run(*mmau(world, tmp_path, "--out", tmp_path / "out"))[0] == 0
+    rows = evaluate.finished_rows(tmp_path / "out" / "completions.jsonl")
+    assert [row["text"] for row in rows] == [text] * 2
+    assert [row for _, row in evaluate.numbered_rows(tmp_path / "out" / "completions.jsonl")] == rows
+
+
+def write_benchmark(folder, name, rows):
+    for row in rows:
+        soundfile.write(folder / "clip.wav", np.zeros(16000), 16000)
+    (folder / name).write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def test_mmsu_letters_are_read_from_the_answer(world, tmp_path, monkeypatch):
+    """Not from the option that it was mapped to: "B" and "B. Calm" are the letter B, whatever Calm begins with."""
+    said = {"a": "B", "b": "B. Calm", "c": "Calm", "d": "A"}
+    write_benchmark(tmp_path, "mmsu.jsonl", [
+        {"id": i, "task_name": "t", "audio": "clip.wav", "question": "q", "choice_a": "Angry", "choice_b": "Calm",
+         "choice_c": None, "choice_d": None, "answer_gt": "Calm", "category": "Perception", "sub-category": "s",
+         "sub-sub-category": "s"} for i in said])
+    monkeypatch.setattr(evaluate, "sample", lambda policy, prompts, *_, **__: [
+        Completion(policy.tokenizer(f"hm</think> {said[p.question.id]}")["input_ids"], [], "stop") for p in prompts])
+    code, _, err = run("mmsu", "--model", world / "model", "--data", tmp_path / "mmsu.jsonl", "--out", tmp_path / "out")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["accuracy"] == 0.75  # by text: a, b, c
+    assert (report["official"]["right"], report["official"]["count"]) == (2, 4)  # "Calm" reads as C
+
+
+def test_mmau_pro_gives_no_points_for_nothing(world, tmp_path, monkeypatch):
+    """No answer passes no rule and is no option: a completion that was cut off, and audio that can't be read."""
+    write_benchmark(tmp_path, "pro.jsonl", [
+        {"id": i, "audio_path": [clip], "question": "q", "category": "instruction following", "choices": None,
+         "answer": None, "task_identifier": "No Commas", "kwargs": {}}
+        for i, clip in (("cut", "clip.wav"), ("broken", "none.wav"), ("fine", "clip.wav"))])
+    monkeypatch.setattr(evaluate, "sample", lambda policy, prompts, *_, **__: [
+        Completion(policy.tokenizer("hm" + "</think> a b" * (p.question.id == "fine"))["input_ids"], [], "length")
+        for p in prompts])
+    code, _, err = run("mmau-pro", "--model", world / "model", "--data", tmp_path / "pro.jsonl", "--out",
+                       tmp_path / "out")
+    assert code == 0, err
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["right"], report["count"], report["missing"]) == (1, 3, 2)
+    assert report["truncated"] == 2 and report["without an answer"] == 1 and set(report["unreadable"]) == {"broken"}
+
+
+def test_whole_texts_as_answers(world, tmp_path, monkeypatch):
+    """--format_style none, for a model that does not think aloud."""
+    rows = write_mmau(tmp_path, count=4)
+    answers = {row["id"]: row["answer"] for row in rows}
+    monkeypatch.setattr(evaluate, "sample", lambda policy, prompts, *_, **__: [
+        Completion(policy.tokenizer(answers[p.question.id])["input_ids"], [], "stop") for p in prompts])
+    for style, accuracy in (("none", 1), ("think", 0)):
+        assert run(*mmau(world, tmp_path, "--format_style", style, "--out", tmp_path / style))[0] == 0
+        report = json.loads((tmp_path / style / "report.json").read_text())
+        assert report["accuracy"] == accuracy and report["without an answer"] == 4 * (style == "think")
 
 
 def test_a_server_answers_the_same(world, tmp_path, monkeypatch):
@@ -517,16 +621,19 @@ def test_contamination(world, tmp_path):
     (tmp_path / "clips").mkdir()
     samples, rate = soundfile.read(tmp_path / "m3.wav", dtype="int16")
     soundfile.write(tmp_path / "clips" / "other.flac", samples, rate)
-    for name in ("m1", "own"):
-        soundfile.write(tmp_path / "clips" / f"{name}.wav", np.random.default_rng(9).standard_normal(3000) / 9, 16000)
+    for i, name in enumerate(("m1", "own")):  # as floats, which are no 16-bit numbers
+        soundfile.write(tmp_path / "clips" / f"{name}.wav", np.random.default_rng(i).standard_normal(4600) / 99, 16000,
+                        subtype="FLOAT")
+    soundfile.write(tmp_path / "m2.wav", np.random.default_rng(5).standard_normal(4600) / 99, 16000, subtype="FLOAT")
     train = [{"id": i, "audio": f"clips/{clip}", "question": "q", "choices": ["x", "y"], "answer": "x"}
              for i, clip in (("m2", "own.wav"), ("t1", "m1.wav"), ("t2", "other.flac"))]
     (tmp_path / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in train))
     code, out, err = run("contamination", "--train", tmp_path / "train.jsonl", "--benchmark", "mmau", "--data",
                          tmp_path / "mmau.json", "--out", tmp_path / "out")
     assert code == 0, err
+    content = f"16000 {(len(samples), 1)}".encode() + samples.tobytes()
     assert json.loads((tmp_path / "out" / "contamination.json").read_text()) == {
-        "id": ["m2"], "audio file name": ["m1"], "audio samples": [hashlib.sha256(samples.tobytes()).hexdigest()]}
+        "id": ["m2"], "audio file name": ["m1"], "audio samples": [hashlib.sha256(content).hexdigest()]}
     assert "id: 1 shared, of 3 in training and 5 in the benchmark; first ['m2']" in out
 
 
@@ -554,7 +661,8 @@ def test_names_of_models(capsys):
     """NAME=DIR, or the folder's own name; the same name twice is refused."""
     read = evaluate.read_options
     assert read(["curves", "a=x/y", "z/run", "--out", "o"]).run == {"a": "x/y", "run": "z/run"}
-    assert read(["acs", "--model", "a=x", "--model", "y/b", "--data", "d", "--out", "o"]).model == {"a": "x", "b": "y/b"}
+    both = read(["acs", "--model", "a=x", "--model", "y/b", "--data", "d", "--out", "o"]).model
+    assert both == {"a": "x", "b": "y/b"}
     with pytest.raises(SystemExit):
         read(["curves", "a/run", "b/run", "--out", "o"])
     assert "the name 'run' is given twice" in capsys.readouterr().err

@@ -500,7 +500,7 @@ def test_map_to_option_by_rules(text, choices, option):
 def test_map_to_option_by_a_judge(reply, option):
     prompts = []
     assert map_to_option("an {animal} that barks", PETS, lambda prompt: prompts.append(prompt) or reply) == option
-    assert prompts == [MAP_PROMPT.format(options="a dog\na seal\na cat", answer="an {animal} that barks")]
+    assert prompts == [MAP_PROMPT.format(options="A. a dog\nB. a seal\nC. a cat", answer="an {animal} that barks")]
 
 
 @pytest.mark.parametrize("text", ["", " \n", "no answer", "a dog", "B"])
