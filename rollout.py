@@ -278,6 +278,8 @@ class Server:
         self.clips, self.weights_change, self.name, self.host = clips, weights_change, name, host
         self.key = key if key is not None else os.environ.get("VLLM_API_KEY", "") if url else secrets.token_hex(32)
         self.restart = restart  # folder → url, of a server that another process keeps for us
+        if python and not log:
+            raise InputError("a vLLM server needs a log file: Server(…, log=PATH)")
         if not self.key and not (url and _is_loopback(urlsplit(url).hostname)):
             raise InputError(f"the vLLM server at {url or host} has no key, and its endpoints run methods by name: set "
                              "VLLM_API_KEY, there and here")
@@ -365,6 +367,12 @@ class Server:
         self.ready = True
         if self.ours and self.weights_change:
             self._post("/update_weight_version", {"new_version": str(self.version)})
+
+    def raise_if_never_ready(self):
+        """For who keeps the server for another process, which awaits it: RolloutError when the first start fails."""
+        self.ready = self.ready or self.answers()
+        if not self.ready and self.process.poll() is not None:
+            raise self._failure(f"ended with status {self.process.returncode} before it was ready")
 
     def answers(self):
         """Is there somebody at the address?"""

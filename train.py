@@ -596,7 +596,8 @@ def open_log(config, team=Team(), done=0):
         for name in ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl"):
             kept = []
             if done and (folder / name).is_file():
-                lines = (folder / name).read_text(encoding="utf-8").splitlines(keepends=True)
+                with open(folder / name, encoding="utf-8") as file:
+                    lines = list(file)  # not splitlines: a text may hold other line ends
                 kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= done]
             opened[name] = files.enter_context(open(folder / name, "w", encoding="utf-8"))
             opened[name].writelines(kept)
@@ -659,7 +660,7 @@ def plot_training(folder):
     """training.png: the paper's curves of this run: accuracy and length (Fig. 4), a_t (Fig. 5)."""
     from matplotlib.figure import Figure  # slow to import, and only needed at the end
 
-    metrics, evaluations = ([json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
+    metrics, evaluations = ([json.loads(line) for line in open(folder / name, encoding="utf-8")]
                             for name in ("metrics.jsonl", "evaluation.jsonl"))
     figure = Figure(figsize=(13, 3.8), layout="constrained")
     accuracy, length, mass = figure.subplots(1, 3)

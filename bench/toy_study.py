@@ -1,14 +1,16 @@
 """What the toy shows, and what it does not: several arms from the same warm start, over seeds.
 
-    python bench/toy_study.py                 # 3 seeds × 4 arms; about 40 minutes on 2 cores
-    python bench/toy_study.py --report        # the table and the pictures again, from the runs on disk
+    python bench/toy_study.py                 # 3 seeds × 4 arms; about 60 minutes on 2 cores
+    python bench/toy_study.py --report        # the tables and the pictures again, from the runs on disk
 
 Every arm is `python train.py recipes/toy.yaml` with other flags. Then, for each seed:
   accuracy   greedy, on the held-out test questions, before and after (train.py writes it)
   a_t        audio attention mass of each trained model on the SAME text, the warm start's greedy completions on the dev
              questions, teacher-forced: arms write different sentences, so their own completions cannot be compared
   captions   how often the thinking names all sounds in order: a right answer does not prove a faithful caption
-Writes runs/study/table.md, docs/toy_attention.png and docs/toy_training.png.
+  ACS        Eq. 17 of full MAPO and of mask only, on the first 512 test questions (evaluate.py acs)
+  trace      the first test questions, token by token (evaluate.py trace); one of the pictures is docs/toy_trace.png
+Writes runs/study/{table.md, acs.md}, docs/toy_attention.png, docs/toy_training.png and docs/toy_acs.png.
 """
 
 import argparse
@@ -46,6 +48,7 @@ def main():
     print(table)
     draw_attention(results, ROOT / "docs" / "toy_attention.png")
     draw_training(options.out, options.seeds, ROOT / "docs" / "toy_training.png")
+    evidence(options.out, options.seeds)
 
 
 def folder_of(out, seed, arm):
@@ -123,6 +126,27 @@ def mass_on_text(policy, prompts, text, bins=12):
                     thirds[t * 3 // len(ids)].append(row[t])
     return {"a_t": statistics.fmean(sum(thirds, [])), "thirds": [statistics.fmean(t) for t in thirds],
             "profile": [s / n for s, n in zip(sums, counts)]}
+
+
+def evidence(out, seeds):
+    """Eq. 17 for two arms of every seed, and traces for the first seed."""
+    import evaluate
+
+    rows = []
+    for seed in seeds:
+        world, folder = out / f"toy-world-{seed}", out / f"acs-{seed}"
+        models = [f for name, arm in (("full MAPO (η 0.1)", "η 0.1"), ("mask only (η 0)", "mask only (η 0)"))
+                  for f in ("--model", f"{name}, seed {seed}={folder_of(out, seed, arm) / 'checkpoint'}")]
+        common = ["--data", str(world / "test.jsonl"), "--max_new_tokens", "64"]
+        if not (folder / "acs.jsonl").is_file():
+            evaluate.main(["acs", *models, *common, "--limit", "512", "--out", str(folder)])
+        rows += [json.loads(line) for line in open(folder / "acs.jsonl", encoding="utf-8")]
+        if seed == seeds[0]:
+            evaluate.main(["trace", *models, "--model", f"warm start={world / 'model'}", "--reference",
+                           str(world / "model"), *common, "--limit", "12", "--target_layers", "2", "3", "--out",
+                           str(out / "trace")])
+    (out / "acs.md").write_text(evaluate.acs_table(rows), encoding="utf-8")
+    evaluate.draw_acs([row for row in rows if "full" in row["model"]], ROOT / "docs" / "toy_acs.png")
 
 
 def make_table(results):

@@ -43,16 +43,8 @@ CLEAN = {name: value for name, value in os.environ.items()
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a tiny model and six questions. Some completions of the model end before max_new_tokens: dimension
-    0 of every embedding is 1, so that the head can want <|im_end|> whatever the state."""
-    folder = tmp_path_factory.mktemp("world")
-    policy = tiny.qwen3_omni(std=0.08)
-    with torch.no_grad():
-        policy.base.model.language_model.embed_tokens.weight[:, 0] = 1
-        policy.base.lm_head.weight[:, 0] = 0
-        policy.base.lm_head.weight[policy.eos_ids, 0] = 0.7
-        policy.base.lm_head.weight[policy.placeholder_ids, 0] = -10
-    return tiny.write_world(folder, policy)
+    """A folder with a tiny model and six questions. Some completions end before max_new_tokens."""
+    return tiny.write_world(tmp_path_factory.mktemp("world"), tiny.qwen3_omni_that_ends(0.7))
 
 
 def near(value, **within):
@@ -323,6 +315,19 @@ def test_four_nodes_one_of_which_serves(world, alone, tmp_path):
         for first, second in zip(lines(tmp_path / "one" / "completions.jsonl"),
                                  lines(tmp_path / name / "completions.jsonl"), strict=True):
             assert (first["prompt_id"], first["token_ids"]) == (second["prompt_id"], second["token_ids"])
+
+
+def test_a_server_that_never_comes_up_ends_the_job(world, tmp_path):
+    """On the node that serves: all processes end within a minute, and say what the server said."""
+    faults = tmp_path / "faults.json"
+    faults.write_text(json.dumps({"die_at_start": "no memory for this model"}))
+    served = ["--rollout", "vllm", "--vllm_python", "tests/stand_in/python"]
+    with torchrun(tmp_path / "job", arguments(world, tmp_path / "out", *served), 2, nodes=2, STAND_IN=faults,
+                  STAND_IN_PYTHON=sys.executable) as job:
+        assert all(code != 0 for code in job.wait(60))
+        for output in job.outputs:
+            assert "before it was ready" in output.read_text() and "no memory for this model" in output.read_text()
+        assert gone(tmp_path / "out")
 
 
 # ──────────────────────────────────────────────────────── resuming ────────────────────────────────────────────────────

@@ -111,18 +111,10 @@ def ask(server, path, **more):
 
 @pytest.fixture(scope="module")
 def world(tmp_path_factory):
-    """A folder with a tiny model and eight questions, one of them with two clips.
-
-    Dimension 0 of every embedding is 1, so that the head can want and refuse tokens whatever the state: placeholders
-    have no share that a ban could take, and some completions end.
-    """
+    """A folder with a tiny model and eight questions, one of them with two clips. Some completions end, and
+    placeholders have no share that a ban could take."""
     folder = tmp_path_factory.mktemp("world")
-    policy = tiny.qwen3_omni(std=0.08)
-    with torch.no_grad():
-        policy.base.model.language_model.embed_tokens.weight[:, 0] = 1
-        policy.base.lm_head.weight[:, 0] = 0
-        policy.base.lm_head.weight[policy.eos_ids, 0] = 0.25
-        policy.base.lm_head.weight[policy.placeholder_ids, 0] = -10
+    policy = tiny.qwen3_omni_that_ends(0.25)
     policy.save(folder / "model")
     rows = [{"id": q.id, "audio": [clip.name for clip in q.audio], "question": q.question, "choices": list(q.choices),
              "answer": q.answer}

@@ -516,3 +516,13 @@ def test_recipes(path):
         mask, eta, rank = expected[path.stem]
         assert config == replace(TrainConfig(), mask=mask, eta=eta, lora_rank=rank, data_format=config.data_format,
                                  output_dir=f"runs/{path.stem}", rollout="vllm")
+
+
+def test_a_resumed_log_keeps_the_steps_that_are_done(tmp_path):
+    """Lines of later steps go, and one that was cut off; a text may hold line ends that are not ours."""
+    texts = {1: "one\u2028two\x85three", 2: "four"}
+    rows = [json.dumps({"step": step, "text": text}, ensure_ascii=False) + "\n" for step, text in texts.items()]
+    (tmp_path / "completions.jsonl").write_text(rows[0] + rows[1] + rows[1][:9], encoding="utf-8")
+    with train.open_log(train.TrainConfig(output_dir=str(tmp_path)), done=1):
+        pass
+    assert (tmp_path / "completions.jsonl").read_text(encoding="utf-8") == rows[0]

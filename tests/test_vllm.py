@@ -19,6 +19,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM
 from transformers import RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
+import evaluate
 import model
 import rollout
 import toy
@@ -212,7 +213,7 @@ def command(world, out, *more):
                          ids=["SIGKILL, sampling", "SIGKILL, loading", "SIGTERM, loading", "Ctrl-C, loading"])
 def test_the_trainer_is_killed(world, tmp_path, end, moment):
     """Four faults: the trainer is killed while the server samples, and ended in three ways while it loads. No process
-    is left over."""
+    is left over; SIGTERM saves a state first."""
     with open(tmp_path / "out.txt", "w") as out:
         trainer = subprocess.Popen(command(world, tmp_path / "run", "--max_steps", 100), stdout=out, stderr=out,
                                    preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
@@ -225,10 +226,14 @@ def test_the_trainer_is_killed(world, tmp_path, end, moment):
     assert sum(len(members(group)) for group in groups) >= 3  # API server, its guard, the engine
     trainer.send_signal(end)
     try:
-        assert trainer.wait(60) != 0
+        code = trainer.wait(180)
         assert all(wait_for_end(group) for group in groups)
     finally:
         trainer.kill()
+    if end == signal.SIGTERM:  # the server comes up, the first step is done and saved
+        assert code == 0 and (tmp_path / "run" / "state" / "step-1" / "run.pt").is_file()
+    else:
+        assert code != 0
 
 
 # ───────────────────────────────────────────────────── train.py ───────────────────────────────────────────────────────
@@ -284,6 +289,30 @@ def test_four_nodes_the_last_of_which_serves(world, tmp_path):
     assert [m["weight_version"] for m in metrics] == [0, 0, 0, 0, 4]
     assert all(0 < m["sampler_gap"] < 1e-4 and 0 < m["audio_mass_max"] < 1 and m["grad_norm"] > 0 for m in metrics)
     group = int((tmp_path / "run" / "vllm.log").read_text().split("APIServer pid=")[1].split(")")[0])
+    assert wait_for_end(group)
+
+
+# ───────────────────────────────────────────────────── evaluate.py ────────────────────────────────────────────────────
+
+
+def test_a_benchmark_on_vllm(world, tmp_path):
+    """`python evaluate.py mmau --engine vllm` on 40 questions of the toy: the texts of this process's engine but for a
+    tie or two, and the server is gone."""
+    rows = [json.loads(line) for line in (world / "test.jsonl").read_text().splitlines()[:40]]
+    (tmp_path / "mmau.json").write_text(json.dumps([
+        {"id": row["id"], "audio_id": row["audio"], "question": row["question"], "choices": row["choices"],
+         "answer": row["answer"], "task": "sound", "difficulty": "easy"} for row in rows]))
+    for engine in ("local", "vllm"):
+        code = evaluate.main(["mmau", "--model", str(world / "model"), "--data", str(tmp_path / "mmau.json"),
+                              "--audio_root", str(world), "--max_new_tokens", "64", "--engine", engine,
+                              f"--vllm_flags={FLAGS}", "--out", str(tmp_path / engine)])
+        assert code == 0
+    here, there = ({row["id"]: row["text"] for row in map(json.loads, (tmp_path / engine / "completions.jsonl")
+                                                          .read_text().splitlines())} for engine in ("local", "vllm"))
+    assert len(there) == 40 and sum(here[i] == there[i] for i in here) >= 38
+    report = json.loads((tmp_path / "vllm" / "report.json").read_text())
+    assert report["count"] == 40 and 0.2 < report["accuracy"] <= 1 and report["unreadable"] == {}
+    group = int((tmp_path / "vllm" / "vllm.log").read_text().split("APIServer pid=")[1].split(")")[0])
     assert wait_for_end(group)
 
 

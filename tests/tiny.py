@@ -64,6 +64,18 @@ def qwen3_omni(seed=0, layers=3, dtype=torch.float32, experts="grouped_mm", std=
     return make_policy(model, tok, WhisperFeatureExtractor(feature_size=128))
 
 
+def qwen3_omni_that_ends(eos):
+    """One whose completions end now and then, the sooner the larger `eos`, and never want a placeholder. Dimension 0 of
+    every embedding is 1, so that the head can want and refuse tokens whatever the state."""
+    policy = qwen3_omni(std=0.08)
+    with torch.no_grad():
+        policy.base.model.language_model.embed_tokens.weight[:, 0] = 1
+        policy.base.lm_head.weight[:, 0] = 0
+        policy.base.lm_head.weight[policy.eos_ids, 0] = eos
+        policy.base.lm_head.weight[policy.placeholder_ids, 0] = -10
+    return policy
+
+
 def qwen2_5_omni(seed=0, dtype=torch.float32):
     tok = tokenizer()
     token = tok.convert_tokens_to_ids
@@ -137,4 +149,4 @@ def arguments(world, out, *more):
 
 def lines(path):
     """The records of a jsonl file."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    return [json.loads(line) for line in path.read_bytes().split(b"\n") if line]
