@@ -36,7 +36,7 @@ from transformers.utils import logging as transformers_logging
 
 from data import SAMPLE_RATE, InputError, Question, load_audio, read_questions
 from mapo import MapoConfig, audio_attention_mass, differential_entropy, inverse_relevance_weight, relevance_mask
-from model import AudioMass, _row_slices, audio_token_count, check_policy, load_policy, positions
+from model import MASS_ROWS, AudioMass, audio_token_count, check_policy, load_policy, positions
 from pos_gate import POS_TARGETS, load_tagger, pos_gate_batch, token_tags
 from rewards import accuracy_reward, extract_answer
 from rollout import RolloutError, Server, sample
@@ -410,7 +410,8 @@ def attention_with_scores(module, query, key, value, attention_mask, score_layer
         total = key.shape[2]
         attention_mask = torch.ones(total, total, dtype=torch.bool, device=key.device).tril()[None, None]
     allowed, scores = attention_mask[:, :, score_first_row:], 0
-    for some in _row_slices(rows):
+    for start in range(0, rows.shape[2], MASS_ROWS):
+        some = slice(start, start + MASS_ROWS)
         alpha, _, _ = AudioMass.weights(rows[:, :, some], key, allowed[:, :, some], kwargs["scaling"])
         strongest = alpha.flatten(1, 2).amax(dim=1)  # [B, Hkv, H/Hkv, rows, S] → [B, rows, S]
         scores = scores + (strongest * score_rows[:, some, None]).sum(dim=1)

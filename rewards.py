@@ -193,7 +193,7 @@ def consistency_rewards(completions, *, url, model, api_key=None, format_style="
     endpoint = url.rstrip("/") + "/chat/completions"
     given_up = threading.Event()  # after the first failure the other requests do not go on trying
     ask = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(_PassingFault), reraise=True,
+        retry=tenacity.retry_if_exception_type(PassingFault), reraise=True,
         stop=tenacity.stop_any(tenacity.stop_after_attempt(attempts), tenacity.stop_when_event_set(given_up)),
         wait=tenacity.wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT),
         sleep=tenacity.sleep_using_event(given_up))
@@ -205,7 +205,7 @@ def consistency_rewards(completions, *, url, model, api_key=None, format_style="
         prompt = CHECKER_PROMPT.format(think_text=parts[0], answer_text=parts[1])
         try:
             return ask(_verdict, client, endpoint, model, prompt)
-        except _PassingFault as fault:
+        except PassingFault as fault:
             raise CheckerError(
                 f"the checker at {endpoint} gave no verdict in {attempts} attempts; last fault: {fault}") from fault
 
@@ -239,31 +239,39 @@ def rule_consistency_rewards(completions, format_style="think"):
 
 
 def _verdict(client, endpoint, model, prompt):
-    """One request → 1.0 or 0.0. Raises _PassingFault where another attempt may help, else CheckerError."""
-    try:
-        response = client.post(endpoint, json={"model": model, "messages": [{"role": "user", "content": prompt}],
-                                               "temperature": 0, "max_tokens": 8})
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-        raise CheckerError(f"the checker's address {endpoint} is no http address: {error}") from error
-    except httpx.TransportError as fault:
-        raise _PassingFault(f"{type(fault).__name__}: {fault}") from fault
-    if response.status_code in (408, 409, 429) or response.status_code >= 500:
-        raise _PassingFault(f"HTTP {response.status_code}: {response.text[:200]!r}")
-    if response.status_code != 200:
-        raise CheckerError(f"the checker at {endpoint} refused: HTTP {response.status_code}: {response.text[:200]!r}")
-    try:
-        reply = response.json()["choices"][0]["message"]["content"]
-        verdict = reply.strip(" \t\r\n.,;:!\"'“”*").upper()
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise CheckerError(f"the checker at {endpoint} sent no chat completion: {response.text[:200]!r}") from error
+    """One request → 1.0 or 0.0. Raises as chat_reply does, and CheckerError for a reply that is neither YES nor NO."""
+    reply = chat_reply(client, endpoint, model, prompt, 8, "checker", CheckerError)
+    verdict = reply.strip(" \t\r\n.,;:!\"'“”*").upper()
     if verdict not in ("YES", "NO"):
         raise CheckerError(f"the checker at {endpoint} replied {reply!r} where YES or NO is due")
     return 1.0 if verdict == "YES" else 0.0
+
+
+def chat_reply(client, endpoint, model, prompt, max_tokens, who, error_class):
+    """One greedy chat completion of an OpenAI-compatible server → the reply's text. `who` names the server in errors.
+
+    Raises PassingFault where another attempt may help, else error_class, one line.
+    """
+    try:
+        response = client.post(endpoint, json={"model": model, "messages": [{"role": "user", "content": prompt}],
+                                               "temperature": 0, "max_tokens": max_tokens})
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
+        raise error_class(f"the {who}'s address {endpoint} is no http address: {error}") from error
+    except httpx.TransportError as fault:
+        raise PassingFault(f"{type(fault).__name__}: {fault}") from fault
+    if response.status_code in (408, 409, 429) or response.status_code >= 500:
+        raise PassingFault(f"HTTP {response.status_code}: {response.text[:200]!r}")
+    if response.status_code != 200:
+        raise error_class(f"the {who} at {endpoint} refused: HTTP {response.status_code}: {response.text[:200]!r}")
+    try:
+        return response.json()["choices"][0]["message"]["content"].strip()
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise error_class(f"the {who} at {endpoint} sent no chat completion: {response.text[:200]!r}") from error
 
 
 class CheckerError(RuntimeError):
     """The checker gave no verdict: one line that names its address and the last fault or the reply."""
 
 
-class _PassingFault(Exception):
+class PassingFault(Exception):
     """A fault that may pass: worth another attempt."""

@@ -9,7 +9,6 @@ prediction is a text: the option that map_to_option gives, "" where there is non
 and instruction following. All accuracies are fractions; the paper's numbers and markdown_table are per cent.
 """
 
-import importlib.util
 import json
 import re
 from dataclasses import dataclass, field
@@ -26,6 +25,7 @@ import torch
 
 import rewards
 from data import InputError
+from pos_gate import find_nltk_data
 
 
 @dataclass(frozen=True)
@@ -368,45 +368,23 @@ def ask_judge(url, model, prompt, api_key=None, max_tokens=128):
     """
     endpoint = url.rstrip("/") + "/chat/completions"
     ask = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(_PassingFault), reraise=True, stop=tenacity.stop_after_attempt(ATTEMPTS),
+        retry=tenacity.retry_if_exception_type(rewards.PassingFault), reraise=True,
+        stop=tenacity.stop_after_attempt(ATTEMPTS),
         wait=tenacity.wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT))
     headers = {"Authorization": f"Bearer {api_key.strip()}"} if api_key else {}
-    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
-            "max_tokens": max_tokens}
-    try:
-        return ask(_reply, endpoint, headers, body)
-    except _PassingFault as fault:
-        raise JudgeError(
-            f"the judge at {endpoint} gave no reply in {ATTEMPTS} attempts; last fault: {fault}") from fault
-
-
-def _reply(endpoint, headers, body):
-    """One request → the reply. Raises _PassingFault where another attempt may help, else JudgeError."""
-    try:
-        response = httpx.post(endpoint, headers=headers, json=body, timeout=TIMEOUT)
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-        raise JudgeError(f"the judge's address {endpoint} is no http address: {error}") from error
-    except httpx.TransportError as fault:
-        raise _PassingFault(f"{type(fault).__name__}: {fault}") from fault
-    if response.status_code in (408, 409, 429) or response.status_code >= 500:
-        raise _PassingFault(f"HTTP {response.status_code}: {response.text[:200]!r}")
-    if response.status_code != 200:
-        raise JudgeError(f"the judge at {endpoint} refused: HTTP {response.status_code}: {response.text[:200]!r}")
-    try:
-        reply = response.json()["choices"][0]["message"]["content"].strip()
-    except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise JudgeError(f"the judge at {endpoint} sent no chat completion: {response.text[:200]!r}") from error
+    with httpx.Client(headers=headers, timeout=TIMEOUT) as client:
+        try:
+            reply = ask(rewards.chat_reply, client, endpoint, model, prompt, max_tokens, "judge", JudgeError)
+        except rewards.PassingFault as fault:
+            raise JudgeError(
+                f"the judge at {endpoint} gave no reply in {ATTEMPTS} attempts; last fault: {fault}") from fault
     if not reply:  # read as marks it would be 3 of 5
-        raise JudgeError(f"the judge at {endpoint} sent an empty reply; is max_tokens {body['max_tokens']} too small?")
+        raise JudgeError(f"the judge at {endpoint} sent an empty reply; is max_tokens {max_tokens} too small?")
     return reply
 
 
 class JudgeError(RuntimeError):
     """The judge gave no reply: one line that names its address and the last fault."""
-
-
-class _PassingFault(Exception):
-    """A fault that may pass: worth another attempt."""
 
 
 # ────────────────────────────────────────── MMAU-Pro: instruction following ───────────────────────────────────────────
@@ -523,21 +501,10 @@ def _count_sentences(text):
 
 @cache
 def load_sentence_splitter():
-    """Makes the data of NLTK's sentence splitter, punkt_tab, known to NLTK, once.
-
-    It is looked for where NLTK looks, then in the installed package llama-index-core, which ships it and is not
-    imported. Raises LookupError saying what to install.
-    """
-    package = importlib.util.find_spec("llama_index")
-    for folder in package.submodule_search_locations if package else ():
-        shipped = folder + "/core/_static/nltk_cache"
-        if shipped not in nltk.data.path:
-            nltk.data.path.append(shipped)  # NLTK reads from the folders of this list alone
-    try:
-        nltk.data.find("tokenizers/punkt_tab/english/")
-    except LookupError:
-        raise LookupError("NLTK's punkt_tab is missing: `pip install --no-deps llama-index-core==0.14.25`, or "
-                          "`python -m nltk.downloader punkt_tab`") from None
+    """Makes the data of NLTK's sentence splitter known to NLTK, once. It is looked for as pos_gate.find_nltk_data says,
+    in the installed package llama-index-core."""
+    find_nltk_data("tokenizers/punkt_tab/english/", "llama_index", "core/_static/nltk_cache",
+                   "pip install --no-deps llama-index-core==0.14.25")
 
 
 # ───────────────────────────────────────────────── files of benchmarks ────────────────────────────────────────────────

@@ -1,20 +1,20 @@
 """NLTK's averaged perceptron tagger on many texts at once: the same tags, without a Python loop over features.
 
-The score of a tag for word i is a sum of 14 weights (NLTK's `_get_features`). Ten of them know words alone: the word, its
-first letter and ending, and the two words before and after it. They are added up once for each *different* word. The
+The score of a tag for word i is a sum of 14 weights (NLTK's `_get_features`). Ten of them know words alone: the word,
+its first letter and ending, and the two words before and after it. They are added up once for each *different* word. The
 other four know the tags of words i − 1 and i − 2, which come from the scores: so all texts advance together, one word a
 step, and a step is a few operations on arrays of [texts, tags].
 
-The weights are multiples of 0.001 below 100. In thousandths their sums are whole numbers that float32 holds exactly, and
-equal scores are equal: NLTK's own sums of floats break such ties by the last bit.
+The weights are multiples of 0.001 below 100. In thousandths their sums are whole numbers that float32 holds exactly,
+and equal scores are equal: NLTK's own sums of floats break such ties by the last bit.
 """
 
 from functools import lru_cache
 
 import numpy as np
 
-# The features that know words alone, by the word that they are about (i, i − 1, i − 2, i + 1, i + 2), and what of it they
-# read: the word, its last three letters or its first, as they stand or as NLTK's `normalize` writes them.
+# The features that know words alone, by the word that they are about (i, i − 1, i − 2, i + 1, i + 2), and what of it
+# they read: the word, its last three letters or its first, as they stand or as NLTK's `normalize` writes them.
 FEATURES = {"own": (("i suffix", "ending"), ("i pref1", "first"), ("i word", "plain")),
             "before": (("i-1 word", "plain"), ("i-1 suffix", "plain_ending")), "before2": (("i-2 word", "plain"),),
             "after": (("i+1 word", "plain"), ("i+1 suffix", "plain_ending")), "after2": (("i+2 word", "plain"),)}

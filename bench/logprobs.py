@@ -8,10 +8,10 @@ Memory is the peak beyond inputs and gradients, which all arms have. Each arm in
   naive            logits, log_softmax, gather; the entropy from them under no_grad
   TRL, functions   logits, then selective_log_softmax and entropy_from_logits
   TRL, chunked     its ChunkedLogProbFunction, blocks of 32,768 columns, its trainer's own number
-  verl, fused      its FusedLinearForPPOFunction, blocks of 512 rows; the file alone is loaded, for verl itself wants Ray
-                   and an older transformers
-Time at the rate of the matrix products alone: ours needs four (the logits are made twice), the plain way three. The path
-of --device cuda has not been run; there the table adds that floor, products at 989 TFLOP/s (H100, bf16 dense).
+  verl, fused      its FusedLinearForPPOFunction, blocks of 512 rows; the file alone is loaded, for verl itself wants
+                   Ray and an older transformers
+Time at the rate of the matrix products alone: ours needs four (the logits are made twice), the plain way three. The
+path of --device cuda has not been run; there the table adds that floor, products at 989 TFLOP/s (H100, bf16 dense).
 """
 
 import importlib.util
@@ -115,8 +115,8 @@ def main():
                          f"{peak[name] / peak['naive']:.3f}", *(f"{error:.0e}" for error in wrong[name])])
             if flags.device == "cuda":
                 rows[-1].append(f"{PRODUCTS.get(name, 4) * 2 * ROWS * VOCABULARY * size / 989e12 * 1e3:.2f}")
-        header = [f"D = {size}, {str(dtype)[6:]}", "s", "/ naive", "MiB", "/ naive", "error logp", "entropy", "∂ states",
-                  "∂ weight"] + ["floor, ms"] * (flags.device == "cuda")
+        header = [f"D = {size}, {str(dtype)[6:]}", "s", "/ naive", "MiB", "/ naive", "error logp", "entropy",
+                  "∂ states", "∂ weight"] + ["floor, ms"] * (flags.device == "cuda")
         measure.table(header, rows)
 
 

@@ -2,20 +2,21 @@
 
     python bench/mass.py [--device cuda --dtype bfloat16]
 
-B = 1, H = 32 heads, 4 key heads, d = 128, S keys and queries, of which the last 1024 are the completion's; 390 audio keys
-(30 s). Every arm is causal attention on the same q, k and v, an upstream gradient on its output, and one on the mass as
+B = 1, H = 32 heads, 4 key heads, d = 128, S keys and queries, of which the last 1024 are the completion's; 390 audio
+keys (30 s). Every arm is causal attention on the same q, k and v, an upstream gradient on its output, and one on the mass as
 audio_attention_mass sends it: to one head a row. The 5 layers of L_tgt are five times this, one after the other, as
 under checkpointing. At S = 4096 the forms that lost are left out.
   no mass          the fused attention of transformers alone
-  ours             the same, and `model.AudioMass` beside it: softmax in blocks of rows, the backward for the rows with a
-                   gradient alone
+  ours             the same, and `model.AudioMass` beside it: softmax in blocks of rows, the backward for the rows with
+                   a gradient alone
   eager            softmax(q·k)·v with the weights, as output_attentions=True has it
   lse              exp(lse_audio − lse_all) of blocks of rows, each under a checkpoint
   indicator value  a second fused attention whose value is 1 on audio keys
   value column     one fused attention, the indicator beside the value as column d + 1 (q and k padded to d + 8)
-The error is that of the mass against float64. The value column has the mass for nearly nothing, but it is not ours: the
-attention's own output changes in the last bit, so that π_θ/π_old of a step's first update is no longer 1, in bf16 the
-mass is rounded to bf16 (see the error), and 136 is no width that GPU kernels have.
+The error is that of the mass against float64. The value column has the mass for nearly nothing here, and is not ours:
+the attention's own output changes in the last bit between a forward with the mass and one without, so that π_θ/π_old of
+a step's first update is no longer 1; in bf16 the mass comes out rounded to bf16; and d = 136 may leave the fast kernels
+of a GPU (not measured).
 The path of --device cuda has not been run; there the table adds the floor of 7 products of the attention (causal, two
 forward, five backward) at 989 TFLOP/s (H100, bf16 dense).
 """
@@ -130,10 +131,9 @@ def main():
     flags = measure.options(__doc__).parse_args()
     print(f"{measure.machine(flags.threads)}, medians of {flags.rounds} interleaved repeats\n")
     dtype = getattr(torch, flags.dtype or "float32")
-    peaks = {}
+    torch.set_num_threads(flags.threads)
+    peaks, wrong = {}, errors(2048, dtype, flags.device)
     for keys in (2048, 4096):
-        torch.set_num_threads(flags.threads)
-        wrong = errors(2048, dtype, flags.device) if keys == 2048 else wrong
         arms = ARMS if keys == 2048 else ARMS[:3]
         result = measure.compare(arms, partial(prepare, keys, dtype, flags.device), flags.rounds, flags.threads,
                                  flags.device)

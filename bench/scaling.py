@@ -3,12 +3,12 @@ group against one prefilled G times.
 
     python bench/scaling.py [--device cuda --dtype bfloat16]
 
-T and G: the text model of trl_step.py (4 layers, D = 128, V = 16,384; 40 of the prompt's 64 tokens count as audio), full
-MAPO: the forwards of π_old, π_ref and π_text-ref and one update of all completions, micro-batches of 2. A fresh process
-for each size, repeats in turn, medians; memory beyond weights and optimizer. The exponent is the slope of a straight line
-through the logarithms.
-Ranks: `train.py recipes/toy.yaml` on the toy's world and untrained model, torchrun on gloo, one thread a rank, the median of
-the steps after the first; memory is that of the largest process. Two ranks on two cores share them with nobody.
+T and G: the text model of trl_step.py (4 layers, D = 128, V = 16,384; 40 of the prompt's 64 tokens count as audio),
+full MAPO: the forwards of π_old, π_ref and π_text-ref and one update of all completions, micro-batches of 2. A fresh
+process for each size, repeats in turn, medians; memory beyond weights and optimizer. The exponent is the slope of a
+straight line through the logarithms.
+Ranks: `train.py recipes/toy.yaml` on the toy's world and untrained model, torchrun on gloo, one thread a rank, the median
+of the steps after the first; memory is that of the largest process. Two ranks on two cores share them with nobody.
 Generation: 4 prompts of 512 tokens, G = 8, 16 new tokens.
 """
 
@@ -138,7 +138,8 @@ def main():
     measure.table(["a prompt prefilled", "s", "/ shared", "MiB"],
                   [[name, f"{s['seconds']:.2f}", f"{s['seconds'] / made['shared'][0]['seconds']:.2f}",
                     f"{peak / 2**20:.0f}"] for name, (s, peak) in made.items()])
-    measure.table(["ranks, a thread each", "update, s", "/ 1 rank", "3 frozen forwards of 256, s", "/ 1 rank", "MiB a rank"],
+    measure.table(["ranks, a thread each", "update, s", "/ 1 rank", "3 frozen forwards of 256, s", "/ 1 rank",
+                   "MiB a rank"],
                   [[number, f"{update:.2f}", f"{update / by_rank[1][0]:.2f}", f"{frozen:.2f}",
                     f"{frozen / by_rank[1][2]:.2f}", f"{peak:.0f}"]
                    for by_rank in [ranks()] for number, (update, peak, frozen) in by_rank.items()])

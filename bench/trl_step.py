@@ -2,9 +2,9 @@
 
     python bench/trl_step.py
 
-Qwen3's class, 4 layers, D = 128, V = 16,384, random weights; 16 prompts of 64 tokens, G = 8, 32 new tokens (the model writes
-an EOS once in 16,384 tokens), sampled in the trainer's process at temperature 1 from the whole distribution; 4 optimizer
-steps of 32 completions, one micro-batch each; AdamW, β 0.002, no checkpointing; a reward of text length.
+Qwen3's class, 4 layers, D = 128, V = 16,384, random weights; 16 prompts of 64 tokens, G = 8, 32 new tokens (the model
+writes an EOS once in 16,384 tokens), sampled in the trainer's process at temperature 1 from the whole distribution; 4
+optimizer steps of 32 completions, one micro-batch each; AdamW, β 0.002, no checkpointing; a reward of text length.
   generate   until the completions' token ids are there (ours: `rollout.sample`; TRL: `GRPOTrainer._generate`)
   update     the rest: rewards, π_old and π_ref of 128 completions, 4 updates, metrics
 Each in a fresh process, batches in turn, medians; the first batch of each is left out.
@@ -107,7 +107,8 @@ def trls():
 
     folder = tempfile.mkdtemp()  # TRL loads π_ref from the folder that the policy came from
     text_model().save_pretrained(folder)
-    config = GRPOConfig(output_dir=folder, model_init_kwargs={"dtype": "float32"}, use_cpu=True, bf16=False, gradient_checkpointing=False,
+    config = GRPOConfig(output_dir=folder, model_init_kwargs={"dtype": "float32"}, use_cpu=True, bf16=False,
+                        gradient_checkpointing=False,
                         per_device_train_batch_size=PROMPTS * GROUP // STEPS, gradient_accumulation_steps=1,
                         steps_per_generation=STEPS, num_generations=GROUP, max_completion_length=NEW, temperature=1.0,
                         top_k=0, top_p=1.0, beta=0.002, loss_type="grpo", max_steps=STEPS, learning_rate=1e-6,

@@ -194,7 +194,8 @@ def completions_for(rows, seed=0):
 
 
 @pytest.mark.parametrize("rows, temperature, checkpointing, chunks", [
-    ("padded", 1.2, False, None), ("padded", 1.0, True, (83, 3)), ("one", 1.0, True, None), ("one", 1.2, False, (50, 4)),
+    ("padded", 1.2, False, None), ("padded", 1.0, True, (83, 3)), ("one", 1.0, True, None),
+    ("one", 1.2, False, (50, 4)),
     ("even", 1.2, False, (1, 1))])
 def test_values_and_gradients_equal_plain_attention(family, rows, temperature, checkpointing, chunks, monkeypatch):
     """Columns of every row, and the gradients of all parameters from log π and (through its max) from a_t."""

@@ -1,6 +1,7 @@
 """The benchmark scorers: tables worked out by hand from the official rules, own files of the official shapes, a judge
 on a real HTTP server, and the paper's tables against each other."""
 
+import importlib.util
 import json
 import math
 import socket
@@ -328,7 +329,7 @@ def test_an_argument_of_a_wrong_type_is_an_error(identifier, kwargs, key):
 
 
 def test_missing_sentence_data_says_what_to_install(monkeypatch):
-    monkeypatch.setattr(scoring.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     monkeypatch.setattr(scoring.nltk.data, "path", [])
     scoring.load_sentence_splitter.cache_clear()
     with pytest.raises(LookupError, match=r"^NLTK's punkt_tab is missing: `pip install [^\n]*$"):

@@ -1,5 +1,5 @@
-"""How much work is done, counted and not timed: blocks of logits, rows of attention weights, forwards of a step, rows of a
-prefill, bytes alive. What the tables of bench/ rest on."""
+"""How much work is done, counted and not timed: blocks of logits, rows of attention weights, forwards of a step, rows of
+a prefill, bytes alive. What the tables of bench/ rest on."""
 
 from collections import Counter, defaultdict
 
@@ -44,7 +44,7 @@ def statistics_work(rows, vocabulary, size=16, trains_head=True):
 
 
 def test_no_logits_beyond_a_block(monkeypatch):
-    """Forward and backward: nothing of [T, V], not for a moment, and what is alive is a block or the weight's gradient."""
+    """Forward and backward: nothing of [T, V], not for a moment; the largest is a block or the weight's gradient."""
     monkeypatch.setattr(model, "LOGIT_COLUMNS", 32)
     for rows, vocabulary in ((64, 1000), (128, 1000), (64, 2000)):
         assert statistics_work(rows, vocabulary, size=2).largest == max(32 * rows, 2 * vocabulary)
