@@ -354,10 +354,11 @@ def score(batch, policy, config, checker=None, team=Team()):
                  for a, f, c in zip(accuracy, form, consistency, strict=True)]
         batch.rewards = {"accuracy": torch.tensor(accuracy), "format": torch.tensor(form),
                          "consistency": torch.tensor(consistency), "total": torch.tensor(total)}
-        batch.pos_gates, batch.pos_fallbacks = pos_gate_batch([c.token_ids for c in batch.completions],
-                                                              policy.tokenizer)
-    batch.texts, batch.rewards, batch.pos_gates, batch.pos_fallbacks = team.share(
-        (batch.texts, batch.rewards, batch.pos_gates, batch.pos_fallbacks))
+    batch.texts, batch.rewards = team.share((batch.texts, batch.rewards))
+    own = batch.completions[team.rank::team.size]  # on rank 0 alone the gates would be 4 % of a step of the 30B
+    batch.pos_gates, batch.pos_fallbacks = [None] * len(batch.completions), [None] * len(batch.completions)
+    for rank, made in enumerate(team.gather(pos_gate_batch([c.token_ids for c in own], policy.tokenizer))):
+        batch.pos_gates[rank::team.size], batch.pos_fallbacks[rank::team.size] = made
     batch.advantages = group_advantages(batch.rewards["total"], config.group_size, config.advantage_eps)
 
 
