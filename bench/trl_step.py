@@ -86,7 +86,7 @@ def ours():
 
 def trls():
     from datasets import Dataset
-    from transformers import TrainerCallback
+    from transformers import PrinterCallback, TrainerCallback
     from trl import GRPOConfig, GRPOTrainer
 
     clock = {}
@@ -117,6 +117,7 @@ def trls():
     data = Dataset.from_list([{"prompt": tok.decode(ids)} for ids in prompt_ids()])
     trainer = Timed(folder, lambda completions, **_: [float(len(text)) for text in completions], config, data,
                     processing_class=tok, callbacks=[Clock()])
+    trainer.remove_callback(PrinterCallback)
 
     def run():
         clock.clear()
