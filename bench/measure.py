@@ -19,7 +19,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 
-def options(doc, rounds=3, device=True):
+def options(doc, rounds=2, device=True):
     """Flags that the scripts share."""
     parser = argparse.ArgumentParser(description=doc.split("\n")[0])
     parser.add_argument("--rounds", type=int, default=rounds, help="repeats of every arm")

@@ -133,7 +133,7 @@ def prepare(name):
 
 
 def main():
-    flags = measure.options(__doc__, rounds=3, device=False).parse_args()
+    flags = measure.options(__doc__, device=False).parse_args()
     result = measure.compare(("ours", "TRL"), prepare, flags.rounds, flags.threads)
     print(f"{measure.machine(flags.threads, 'trl')}, medians of {flags.rounds} interleaved repeats\n")
     theirs = result["TRL"][0]
