@@ -34,7 +34,7 @@ from transformers.masking_utils import sdpa_mask
 
 from data import SAMPLE_RATE, InputError, Question, conversation, load_audio
 
-LOGIT_COLUMNS = 1024  # columns of logits alive at a time: 4 MiB in fp32 for 1024 tokens, which stay in the cache
+LOGIT_COLUMNS = 4096  # columns of logits alive at a time: 16 MiB in fp32 for 1024 tokens
 MASS_ROWS = 16  # query rows of attention weights alive at a time
 
 
