@@ -142,8 +142,8 @@ def _connect(device, store, rank, world, trainers):
                 break
             time.sleep(0.05)
         else:
-            if rank < trainers:
-                group.set_timeout(datetime.timedelta(seconds=COLLECTIVE_SECONDS))
+            for each in (dist.group.WORLD, *([group] if rank < trainers else [])):  # all wait for rank 0 at the end
+                each.set_timeout(datetime.timedelta(seconds=COLLECTIVE_SECONDS))
             return group
         if dist.is_initialized():
             dist.destroy_process_group()
