@@ -36,7 +36,7 @@ CONFIGS = [
     MapoConfig(tau_base=2.0, mask_clip=1.05, kappa=0.0, fail_gate_floor=0.0, eta=2.0, beta=0.0),
 ]
 
-prop = settings(max_examples=40, deadline=None, derandomize=True)
+prop = settings(max_examples=40, deadline=None)
 every_poison = pytest.mark.parametrize("poison", POISON, ids=str)
 every_config = pytest.mark.parametrize("config", CONFIGS, ids=["table5", "other", "flat"])
 
@@ -946,9 +946,9 @@ def test_property_single_token(rows):
 @prop
 @given(st.floats(-20, 0), st.floats(-20, 0))
 def test_property_k3_is_not_negative(logp, ref_logp):
-    """Sec. 2: k3 ≥ 0, and 0 where the two agree."""
+    """Sec. 2: k3 ≥ 0 but for the rounding of e^Δ (2⁻⁵³), and 0 where the two agree."""
     x, ref = torch.tensor([[logp]], dtype=torch.float64), torch.tensor([[ref_logp]], dtype=torch.float64)
-    assert mapo.k3_kl(x, ref) >= 0 and mapo.k3_kl(x, x) == 0
+    assert mapo.k3_kl(x, ref) >= -2**-52 and mapo.k3_kl(x, x) == 0
 
 
 @prop
