@@ -29,6 +29,7 @@ import torch
 from matplotlib.figure import Figure
 from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
+from tqdm.contrib.concurrent import thread_map
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
@@ -40,7 +41,8 @@ from model import MASS_ROWS, AudioMass, audio_token_count, check_policy, load_po
 from pos_gate import POS_TARGETS, load_tagger, pos_gate_batch, token_tags
 from rewards import accuracy_reward, extract_answer
 from rollout import RolloutError, Server, sample
-from scoring import (JudgeError, ask_judge, load_embedder, map_to_option, markdown_table, read_benchmark, score)
+from scoring import (JUDGE_AT_ONCE, JudgeError, ask_judge, load_embedder, map_to_option, markdown_table,
+                     read_benchmark, score)
 from scoring import follows_instruction, mmsu_letter, parse_judge, string_match  # for who looks for them here
 
 BENCHMARKS = ("mmau", "mmar", "mmsu", "mmau-pro")
@@ -82,8 +84,9 @@ def benchmark(options):
     if options.command == "mmau-pro":  # its scorers take free text, and would give an empty one points: left out
         predictions = {i: answer for i, answer in answers.items() if answer}
     else:
-        predictions = {item.id: map_to_option(answers.get(item.id, ""), item.choices, judge)
-                       for item in tqdm(items, desc="map")}
+        mapped = thread_map(lambda item: map_to_option(answers.get(item.id, ""), item.choices, judge), items,
+                            max_workers=JUDGE_AT_ONCE, desc="map")
+        predictions = {item.id: option for item, option in zip(items, mapped)}
     with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"id": i, "prediction": p, "answer": answers.get(i, "")}, ensure_ascii=False) + "\n"
                         for i, p in predictions.items())
@@ -262,7 +265,8 @@ def read_completions(path, questions):
 
 
 def draw_trace(panels, path):
-    """In the manner of Fig. 6: Δh_t as bars, a_t of the largest head (solid) and mean over heads (dashed) as lines."""
+    """In the manner of Figs. 2 and 6: H(π_text-ref) (Fig. 2a) in grey behind the bars of Δh_t (Fig. 2b), a_t of the
+    largest head (solid) and mean over heads (dashed) as lines."""
     longest = max(len(row["token_ids"]) for row in panels)
     named = longest <= 150  # more tokens than that cannot be read under an axis
     figure = Figure(figsize=(min(30, max(7, 0.21 * longest + 1.5)), 3.1 * len(panels) + 0.5), layout="constrained")
@@ -270,21 +274,22 @@ def draw_trace(panels, path):
     top, marker = max(max(row["audio_mass_max"]) for row in panels), "." if longest < 5 else None
     for axis, row in zip(axes, panels):
         x = range(1, len(row["token_ids"]) + 1)
-        bars = axis.bar(x, row["delta_h"], color="tab:blue", alpha=0.55, width=0.8, label="$\\Delta h_t$")
+        prior = axis.bar(x, row["text_ref_entropy"], color="0.85", width=0.8, label="$H(\\pi_{text-ref})$")
+        bars = axis.bar(x, row["delta_h"], color="tab:blue", alpha=0.55, width=0.5, label="$\\Delta h_t$")
         axis.axhline(0, color="black", linewidth=0.6)
         mass = axis.twinx()
         high, = mass.plot(x, row["audio_mass_max"], marker=marker, color="tab:orange", label="$a_t$, max head")
         mean, = mass.plot(x, row["audio_mass_mean"], "--", marker=marker, color="tab:orange", label="mean head")
         mass.set(ylim=(0, 1.08 * top or 1), ylabel="audio attention mass\n(share of attention)")
-        axis.set(title=f"{row['model']}: question {row['id']}", ylabel="$\\Delta h_t$ (nats)", xlim=(0, longest + 1),
-                 xlabel="completion token" if axis is axes[-1] else "")
+        axis.set(title=f"{row['model']}: question {row['id']}", ylabel="$H$, $\\Delta h_t$ (nats)",
+                 xlim=(0, longest + 1), xlabel="completion token" if axis is axes[-1] else "")
         axis.set_zorder(mass.get_zorder() - 1)
         if named:
             for text in axis.set_xticks(list(x), [printable(t) for t in row["tokens"]], rotation=90,
                                         fontsize=8):
                 text.label1.set_parse_math(False)  # a token may hold a $
-    figure.legend([bars, high, mean], [h.get_label() for h in (bars, high, mean)], loc="outside upper right", ncols=3,
-                  fontsize=8)
+    shown = [prior, bars, high, mean]
+    figure.legend(shown, [h.get_label() for h in shown], loc="outside upper right", ncols=4, fontsize=8)
     figure.savefig(path, dpi=110)
 
 

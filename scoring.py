@@ -22,6 +22,7 @@ import pyarrow
 import pyarrow.parquet
 import tenacity
 import torch
+from tqdm.contrib.concurrent import thread_map
 
 import rewards
 from data import InputError
@@ -48,7 +49,8 @@ def score(name, items, predictions, judge=None, embed=None, answers=None):
     """The report of one benchmark: a dict that json can write.  (official rules; a missing row is wrong: ours)
 
     name: "mmau", "mmar", "mmsu" or "mmau-pro"; items: as read_benchmark gives them; predictions: {id: text}.
-    judge: prompt → reply, and embed: list of texts → matrix [texts, dims]; both for MMAU-Pro alone. answers: {id: the
+    judge: prompt → reply, called by JUDGE_AT_ONCE threads, and embed: list of texts → matrix [texts, dims]; both for
+    MMAU-Pro alone. answers: {id: the
     text that a prediction was made from}, where MMSU's script reads its letters; without it, the predictions.
 
         accuracy, right, count   over all rows; right is a sum of points, in MMAU-Pro's open part of fractions
@@ -145,16 +147,13 @@ def _open_points(items, predictions, judge):
     """→ (points of the open questions, None without a judge; how many replies hold no score at all)."""
     if judge is None:
         return [None] * len(items), 0
-    points, unread = [], 0
-    for item in items:
-        if item.id not in predictions:  # wrong, though the lowest mark of a judge would give it 1 of 5
-            points.append(0.0)
-            continue
-        reply = judge(JUDGE_PROMPT.format(question=item.question, reference=item.answer,
-                                          response=predictions[item.id]))
-        unread += not any(re.search(pattern, reply, re.I) for pattern in _MARKS.values())
-        points.append(parse_judge(reply)["overall"] / 5)
-    return points, unread
+    asked = [item for item in items if item.id in predictions]
+    replies = dict(zip((item.id for item in asked), thread_map(judge, [
+        JUDGE_PROMPT.format(question=item.question, reference=item.answer, response=predictions[item.id])
+        for item in asked], max_workers=JUDGE_AT_ONCE, desc="judge", leave=False)))
+    unread = sum(not any(re.search(pattern, reply, re.I) for pattern in _MARKS.values()) for reply in replies.values())
+    # A missing row is wrong, though the lowest mark of a judge would give it 1 of 5.
+    return [parse_judge(replies[item.id])["overall"] / 5 if item.id in replies else 0.0 for item in items], unread
 
 
 def _tally(items, points):
@@ -357,6 +356,7 @@ FIRST_WAIT = 1.0  # seconds before the second attempt; each later wait is twice 
 LONGEST_WAIT = 30.0
 ATTEMPTS = 5
 TIMEOUT = 120.0  # seconds of one request
+JUDGE_AT_ONCE = 16  # requests to the judge in flight
 
 
 def ask_judge(url, model, prompt, api_key=None, max_tokens=128):

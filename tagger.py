@@ -1,9 +1,9 @@
 """NLTK's averaged perceptron tagger on many texts at once: the same tags, without a Python loop over features.
 
 The score of a tag for word i is a sum of 14 weights (NLTK's `_get_features`). Ten of them know words alone: the word,
-its first letter and ending, and the two words before and after it. They are added up once for each *different* word. The
-other four know the tags of words i − 1 and i − 2, which come from the scores: so all texts advance together, one word a
-step, and a step is a few operations on arrays of [texts, tags].
+its first letter and ending, and the two words before and after it. They are added up once for each *different* word.
+The other four know the tags of words i − 1 and i − 2, which come from the scores: so all texts advance together, one
+word a step, and a step is a few operations on arrays of [texts, tags].
 
 The weights are multiples of 0.001 below 100. In thousandths their sums are whole numbers that float32 holds exactly,
 and equal scores are equal: NLTK's own sums of floats break such ties by the last bit.

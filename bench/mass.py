@@ -3,9 +3,9 @@
     python bench/mass.py [--device cuda --dtype bfloat16]
 
 B = 1, H = 32 heads, 4 key heads, d = 128, S keys and queries, of which the last 1024 are the completion's; 390 audio
-keys (30 s). Every arm is causal attention on the same q, k and v, an upstream gradient on its output, and one on the mass as
-audio_attention_mass sends it: to one head a row. The 5 layers of L_tgt are five times this, one after the other, as
-under checkpointing. At S = 4096 the forms that lost are left out.
+keys (30 s). Every arm is causal attention on the same q, k and v, an upstream gradient on its output, and one on the
+mass as audio_attention_mass sends it: to one head a row. The 5 layers of L_tgt are five times this, one after the
+other, as under checkpointing. At S = 4096 the forms that lost are left out.
   no mass          the fused attention of transformers alone
   ours             the same, and `model.AudioMass` beside it: softmax in blocks of rows, the backward for the rows with
                    a gradient alone

@@ -9,8 +9,8 @@ knows), cut at 500 tokens of a byte-level BPE of Qwen's class and pre-tokenizer,
                 tokenizer and laid along the words: what one writes first
 On all cores: the completions are split over processes that are there already.
 A step of the 30B recipe: the paper's 24 training GPUs, taken as H20 (148 TFLOP/s in bf16) at 40 % of that rate, for the
-forwards of π_old, π_ref, π_text-ref and the update with recomputation, 2 + 2 + 2 + 8 FLOPs a parameter and token, on 192
-completions of 500 tokens and prompts of 590; 3.35 B parameters are active. Computed, and generation left out: a lower
+forwards of π_old, π_ref, π_text-ref and the update with recomputation, 2 + 2 + 2 + 8 FLOPs a parameter and token, on
+192 completions of 500 tokens and prompts of 590; 3.35 B parameters are active. Computed, and generation left out: a lower
 bound.
 """
 
@@ -116,8 +116,8 @@ def main():
                 seconds[name, n].append(time.perf_counter() - started)
             assert results["ours", 1] == results["word by word", 1]
     step = (2 + 2 + 2 + 8) * ACTIVE * COMPLETIONS * (TOKENS + PROMPT_TEXT + AUDIO) / (24 * 148e12 * 0.4)
-    print(f"{measure.machine(1, 'nltk')}, medians of {flags.rounds} interleaved repeats; {words:,} words, {different:,} "
-          f"different; a step of the 30B recipe: {step:.1f} s (computed)\n")
+    print(f"{measure.machine(1, 'nltk')}, medians of {flags.rounds} interleaved repeats; {words:,} words, "
+          f"{different:,} different; a step of the 30B recipe: {step:.1f} s (computed)\n")
     middle = {key: statistics.median(values) for key, values in seconds.items()}
     measure.table(["POS gate, 192 × 500 tokens", "cores", "s", "tokens/s", "× word by word", "% of a step"],
                   [[name, n, f"{middle[name, n]:.3f}", f"{COMPLETIONS * TOKENS / middle[name, n]:,.0f}",

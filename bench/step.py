@@ -3,9 +3,9 @@
     python bench/step.py [--device cuda --dtype bfloat16]
 
 The toy's world and model (random weights: every completion has 64 tokens), recipes/toy.yaml: 256 completions, 4
-optimizer steps, micro-batches of 64. All arms in one process, in turn, medians; sampling is the same for all of them and is
-measured once a round. GRPO makes no text-only pass and measures no mass; the POS gate is made by every arm, for its
-metrics, and counted here where a loss needs it.
+optimizer steps, micro-batches of 64. All arms in one process, in turn, medians; sampling is the same for all of them
+and is measured once a round. GRPO makes no text-only pass and measures no mass; the POS gate is made by every arm, for
+its metrics, and counted here where a loss needs it.
 On CUDA, which has not been run, the table adds the floor of the update's products at 989 TFLOP/s (H100, bf16 dense).
 """
 

@@ -142,7 +142,8 @@ def test_trace_command(world, tmp_path, pictures):
     figure = pictures["trace-0-q0.png"]
     bars, masses = figure.axes[:2], figure.axes[2:]
     assert [axis.get_title() for axis in bars] == ["one: question q0", "two: question q0"] and len(masses) == 2
-    assert [patch.get_height() for patch in bars[0].patches] == pytest.approx(rows[0]["delta_h"])
+    assert [patch.get_height() for patch in bars[0].patches] == pytest.approx(rows[0]["text_ref_entropy"]
+                                                                              + rows[0]["delta_h"])
     assert [list(line.get_ydata()) for line in masses[0].lines] == [rows[0]["audio_mass_max"],
                                                                     rows[0]["audio_mass_mean"]]
     assert [label.get_text() for label in bars[0].get_xticklabels()] == rows[0]["tokens"]
@@ -160,7 +161,7 @@ def test_trace_samples_when_nothing_is_given(world, tmp_path, pictures):
 def test_a_token_may_hold_anything(tmp_path, pictures):
     """Dollars and line breaks stand in the labels as they are, and a long completion is drawn without them."""
     row = {"model": "m", "id": "q", "tokens": ["$x", "\n", "_^{", "\t%"], "token_ids": [1, 2, 3, 4],
-           "delta_h": [0.1, -0.2, 0.0, 1.0], "audio_mass_max": [0.5] * 4, "audio_mass_mean": [0.1] * 4}
+           "delta_h": [0.1, -0.2, 0.0, 1.0], "text_ref_entropy": [1.0] * 4, "audio_mass_max": [0.5] * 4, "audio_mass_mean": [0.1] * 4}
     evaluate.draw_trace([row], tmp_path / "few.png")
     long = {name: value * 60 if isinstance(value, list) else value for name, value in row.items()}
     evaluate.draw_trace([long], tmp_path / "long.png")

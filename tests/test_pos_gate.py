@@ -236,7 +236,7 @@ def test_agrees_with_a_second_implementation(tokenizer, think_tokenizer, parts):
 @given(text=st.text(st.sampled_from("aé—中🎵 .'\n<>/-1,_\u0301") | st.characters(exclude_categories=["Cs"]), max_size=40))
 def test_projection_of_any_text(tokenizer, text):
     """Which tokens a word's characters are in, for arbitrary Unicode text cut into bytes and pieces."""
-    text = text.replace("\ufffd", "").replace(tokenizer.eos_token, "")  # a special token is no text: see the tests above
+    text = text.replace("\ufffd", "").replace(tokenizer.eos_token, "")  # a special token is no text
     text = unicodedata.normalize("NFC", text)
     ids = encode(tokenizer, text)
     assert string_extents(tokenizer, ids)[0] == text

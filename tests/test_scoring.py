@@ -2,6 +2,7 @@
 on a real HTTP server, and the paper's tables against each other."""
 
 import importlib.util
+import itertools
 import json
 import math
 import socket
@@ -747,11 +748,11 @@ def test_mmau_pro(pro):
     assert [len(pro[i].audio) for i in (0, 1)] == [2, 1]
     assert pro[0].answer == "" and pro[0].choices == () and pro[0].kwargs == {"keywords": "dog"}
     assert pro[0].task_identifier == INCLUDE and pro[100].task_identifier == ""
-    prompts = []
+    prompts, number = [], itertools.count(1)
 
-    def judge(prompt):
+    def judge(prompt):  # several threads call it
         prompts.append(prompt)
-        return "OVERALL: 4" if len(prompts) <= 500 else "no idea"
+        return "OVERALL: 4" if next(number) <= 500 else "no idea"
 
     # 58 of 87 do as told; 500 marks of 4, 100 that are no marks (3), 25 rows missing; 3000 of 4592 choose the dog
     texts = {"sound": "the dog", "music": "seals", "speech": "dog"}
@@ -771,8 +772,23 @@ def test_mmau_pro(pro):
     assert counts(report, "category") == {"sound": 3000, "music": 1592, "open": 625, "instruction following": 87}
     assert report["groups"]["category"]["sound"]["accuracy"] == 1.0
     assert len(report["notes"]) == 3 and report["notes"][0].startswith("100 replies of the judge")
-    assert prompts[0] == JUDGE_PROMPT.format(question="What barks?", reference="a dog", response="a dog")
+    assert len(prompts) == 600
+    assert JUDGE_PROMPT.format(question="What barks?", reference="a dog", response="a dog") in prompts
     json.dumps(report, allow_nan=False)
+
+
+def test_the_judge_is_asked_several_questions_at_once(pro):
+    first, another = threading.Lock(), threading.Event()
+
+    def judge(prompt):
+        if first.acquire(blocking=False):
+            assert another.wait(10)  # comes while this one is still being answered
+        another.set()
+        return "OVERALL: 5"
+
+    items = [item for item in pro if item.kind == "open"][:20]
+    report = score("mmau-pro", items, {item.id: "a dog" for item in items}, judge)
+    assert report["accuracy"] == 1.0
 
 
 def test_mmau_pro_without_judge_and_embedder_says_so(pro):

@@ -1,5 +1,5 @@
-"""How much work is done, counted and not timed: blocks of logits, rows of attention weights, forwards of a step, rows of
-a prefill, bytes alive. What the tables of bench/ rest on."""
+"""How much work is done, counted and not timed: blocks of logits, rows of attention weights, forwards of a step, rows
+of a prefill, bytes alive. What the tables of bench/ rest on."""
 
 from collections import Counter, defaultdict
 
