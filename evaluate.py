@@ -415,8 +415,9 @@ def attention_with_scores(module, query, key, value, attention_mask, score_layer
         total = key.shape[2]
         attention_mask = torch.ones(total, total, dtype=torch.bool, device=key.device).tril()[None, None]
     allowed, scores = attention_mask[:, :, score_first_row:], 0
-    for start in range(0, rows.shape[2], MASS_ROWS):
-        some = slice(start, start + MASS_ROWS)
+    at_once = MASS_ROWS[query.device.type]
+    for start in range(0, rows.shape[2], at_once):
+        some = slice(start, start + at_once)
         alpha, _, _ = AudioMass.weights(rows[:, :, some], key, allowed[:, :, some], kwargs["scaling"])
         strongest = alpha.flatten(1, 2).amax(dim=1)  # [B, Hkv, H/Hkv, rows, S] → [B, rows, S]
         scores = scores + (strongest * score_rows[:, some, None]).sum(dim=1)

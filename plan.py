@@ -49,7 +49,7 @@ def plan(policy, config, gpus, audio_seconds=30):
         activations = layers * layer
     else:
         activations = 2 * tokens * hidden * layers + layer
-    mass = 4 * 4 * rows * heads * min(MASS_ROWS, config.max_new_tokens) * length  # z, α, dz, and their like, fp32
+    mass = 4 * 4 * rows * heads * min(MASS_ROWS["cuda"], config.max_new_tokens) * length  # z, α, dz, and their like, fp32
     logits = 4 * 4 * tokens * LOGIT_COLUMNS  # logits, exponentials, copies, fp32
     reference = 0 if config.lora_rank else 2 * count["all"]
     on_gpu = {

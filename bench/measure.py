@@ -44,13 +44,15 @@ def machine(threads, *packages):
             f"{', '.join(found)}")
 
 
-def compare(arms, prepare, rounds, threads, device="cpu"):
+def compare(arms, prepare, rounds, threads, device="cpu", once=()):
     """arms: names. prepare(name) is called in a fresh process and gives a function without arguments, which is called
-    once a round. → name → (median of each number that it returns, peak bytes of its first call).
+    once a round; those of `once` in the first alone. → name → (median of each number that it returns, peak bytes of its
+    first call).
 
     A function that returns None is timed; one that returns a dict of numbers has timed itself.
     """
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["train"])  # imported once for all of them, where it is found; nothing has run in it
     pipes, processes = {}, []
     for name in arms:
         pipes[name], far = context.Pipe()
@@ -59,8 +61,10 @@ def compare(arms, prepare, rounds, threads, device="cpu"):
         far.close()
     assert all(pipe.recv() for pipe in pipes.values())  # all stand before the first starts
     numbers, peaks = {name: [] for name in arms}, {}
-    for _ in range(rounds):
+    for number in range(rounds):
         for name, pipe in pipes.items():
+            if number and name in once:
+                continue
             pipe.send("run")
             values, peak = pipe.recv()
             numbers[name].append(values)

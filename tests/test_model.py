@@ -204,7 +204,7 @@ def test_values_and_gradients_equal_plain_attention(family, rows, temperature, c
     weights = torch.randn(2, len(rows), 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
     if chunks:
         monkeypatch.setattr(module, "LOGIT_COLUMNS", chunks[0])
-        monkeypatch.setattr(module, "MASS_ROWS", chunks[1])
+        monkeypatch.setitem(module.MASS_ROWS, "cpu", chunks[1])
 
     total = [0, 0]
     expected = []
@@ -371,7 +371,7 @@ def whole_mass(query, key, audio, allowed, scaling):
 @pytest.mark.parametrize("rows_at_once", [2, 128])
 def test_mass_equals_loops(rows_at_once, monkeypatch):
     """Values against loops, and the hand-written backward (Eq. 15) against finite differences."""
-    monkeypatch.setattr(module, "MASS_ROWS", rows_at_once)
+    monkeypatch.setitem(module.MASS_ROWS, "cpu", rows_at_once)
     query, key, audio, allowed = attention_inputs()
     mass = module.AudioMass.apply(query, key, audio, allowed, 0.37)
     assert difference(mass, whole_mass(query, key, audio, allowed, 0.37)) < 1e-14
@@ -886,7 +886,7 @@ def test_nothing_of_T_by_V_or_heads_by_T_by_S_is_kept(one_tiny, monkeypatch):
     """What outlives the forward: no logits, no attention weights, not even a chunk of either."""
     policy, questions = one_tiny
     monkeypatch.setattr(module, "LOGIT_COLUMNS", 17)
-    monkeypatch.setattr(module, "MASS_ROWS", 4)
+    monkeypatch.setitem(module.MASS_ROWS, "cpu", 4)
     vocabulary, length = 332, 30
     batch = policy.collate([policy.encode(q) for q in questions[:2]], [[5] * length, [6] * (length - 3)])
     keys = batch.input_ids.shape[1]

@@ -91,7 +91,7 @@ def test_mass_is_linear_in_keys():
     for part in (0, 1):
         short, long = mass_work(128)[part].largest, mass_work(256)[part].largest
         assert long == 2 * short
-    assert mass_work(128)[0].largest == 8 * model.MASS_ROWS * 128
+    assert mass_work(128)[0].largest == 8 * model.MASS_ROWS["cpu"] * 128
 
 
 def test_backward_of_the_mass_makes_the_rows_that_have_a_gradient():
