@@ -23,7 +23,7 @@ vllm: .venv-vllm/installed
 	PYTHON=$(PYTHON) .ci/vllm-env
 	touch .venv-vllm/installed
 
-# 12 minutes on 2 cores; prints the tables of the README, of which all but the first had 3 rounds in place of 2.
+# 9 minutes on 2 cores; prints the tables of the README.
 bench: .venv-bench/installed
 	for question in logprobs mass pos step trl_step scaling; do \
 		TQDM_DISABLE=1 PYTHONWARNINGS=ignore .venv-bench/bin/python bench/$$question.py || exit 1; done
