@@ -35,7 +35,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.utils import logging as transformers_logging
 
-from data import SAMPLE_RATE, InputError, Question, load_audio, read_questions
+from data import SAMPLE_RATE, InputError, Question, load_audio, read_avqa, read_questions
 from mapo import MapoConfig, audio_attention_mass, differential_entropy, inverse_relevance_weight, relevance_mask
 from model import MASS_ROWS, AudioMass, audio_token_count, check_policy, load_policy, positions
 from pos_gate import POS_TARGETS, load_tagger, pos_gate_batch, token_tags
@@ -81,12 +81,13 @@ def benchmark(options):
         raise InputError(f"{options.data}: not one question could be asked; of the first: {first_error}")
     answers = {i: row["text"].strip() if options.format_style == "none"
                else extract_answer(row["text"], options.format_style) or "" for i, row in rows.items()}
+    closed = [item for item in items if item.kind == "closed" and item.id in answers]
+    mapped = thread_map(lambda item: map_to_option(answers[item.id], item.choices, judge), closed,
+                        max_workers=JUDGE_AT_ONCE, desc="map")
+    predictions = {item.id: option for item, option in zip(closed, mapped)}
+    unnamed = [i for i, option in predictions.items() if answers[i] and not option]
     if options.command == "mmau-pro":  # its scorers take free text, and would give an empty one points: left out
-        predictions = {i: answer for i, answer in answers.items() if answer}
-    else:
-        mapped = thread_map(lambda item: map_to_option(answers.get(item.id, ""), item.choices, judge), items,
-                            max_workers=JUDGE_AT_ONCE, desc="map")
-        predictions = {item.id: option for item, option in zip(items, mapped)}
+        predictions = {i: predictions.get(i) or answer for i, answer in answers.items() if answer}
     with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
         file.writelines(json.dumps({"id": i, "prediction": p, "answer": answers.get(i, "")}, ensure_ascii=False) + "\n"
                         for i, p in predictions.items())
@@ -95,23 +96,24 @@ def benchmark(options):
     about = {"settings": settings, "judge": options.judge and options.judge_model, "unreadable": unreadable,
              "truncated": sum(row["finish_reason"] == "length" for row in rows.values()),
              "without an answer": sum(not answer for answer in answers.values()),
-             "answers that name no option": sum(bool(answers[i]) and not p for i, p in predictions.items()
-                                                if i in answers)}
+             "answers that name no option": len(unnamed)}
     report = score(options.command, items, predictions, judge=judge, embed=embed, answers=answers)
     write_report(out, options.command, report, about, options.model)
 
 
 def score_only(options):
-    """`score`: {"id", "prediction"} lines and the benchmark's file → the report."""
+    """`score`: {"id", "prediction"} lines and the benchmark's file → the report. Where lines have the "answer" too that
+    the prediction was made from, as ours do, MMSU's letters are read from it."""
     items = read_benchmark(options.benchmark, options.data, options.audio_root)
-    predictions = {}
+    predictions, answers = {}, {}
     for number, row in numbered_rows(options.predictions):
         if not isinstance(row.get("id"), str) or not isinstance(row.get("prediction"), str):
             raise InputError(f"{options.predictions}:{number}: give {{\"id\": …, \"prediction\": …}}, two strings")
         if row["id"] in predictions:
             raise InputError(f"{options.predictions}:{number}: a second prediction for {row['id']!r}; keep one")
         predictions[row["id"]] = row["prediction"]
-    report = score(options.benchmark, items, predictions, judge=open_judge(options),
+        answers[row["id"]] = row.get("answer", row["prediction"])
+    report = score(options.benchmark, items, predictions, judge=open_judge(options), answers=answers,
                    embed=load_embedder(options.embedder) if options.embedder else None)
     if options.out:
         Path(options.out).mkdir(parents=True, exist_ok=True)
@@ -125,9 +127,8 @@ def complete(policy, server, items, options):
     """Benchmark items → rows {"id", "text", "tokens", "finish_reason"}, and id → error of those that can't be asked."""
     broken, prompts = {}, []
     for item in items:
-        question = Question(item.id, item.audio, item.question, item.choices, item.answer)
         try:
-            prompts.append(policy.encode(question, options.instruction))
+            prompts.append(policy.encode(question_of(item), options.instruction))
         except InputError as error:
             broken[item.id] = str(error)
     completions = sample(policy, prompts, 1, temperature=options.temperature, max_new_tokens=options.max_new_tokens,
@@ -218,7 +219,7 @@ def trace(policy, reference, prompts, completions, temperature, layers, config=M
 
 def trace_command(options):
     """`trace`: out/trace.jsonl, a row a question and model, and out/trace-<id>.png, the models one above the other."""
-    questions = read_questions(options.data)[:options.limit]
+    questions = questions_of(options)
     given = read_completions(options.completions, questions) if options.completions else None
     questions = [q for q in questions if given is None or q.id in given]
     if not questions:
@@ -480,10 +481,10 @@ def evidence_masking(policy, questions, options, layers, label):
 def acs_command(options):
     """`acs`: out/acs.jsonl, a row a question and model, out/acs.md (Table 4) and out/acs.png. An answer counts by the
     accuracy reward of training. Interrupted, it goes on with the next questions."""
-    questions = read_questions(options.data)[:options.limit]
+    questions = questions_of(options)
     out, policy = Path(options.out), None
-    claim(out, options, "acs.jsonl", ("model", "data", "target_layers", "max_new_tokens", "instruction", "format_style",
-                                      "dtype"))
+    claim(out, options, "acs.jsonl", ("model", "data", "benchmark", "target_layers", "max_new_tokens", "instruction",
+                                      "format_style", "dtype"))
     rows = finished_rows(out / "acs.jsonl")
     done = {(row["model"], row["id"]) for row in rows}
     with open(out / "acs.jsonl", "a", encoding="utf-8") as file:
@@ -606,7 +607,8 @@ def thinking_words(text, format_style):
 def contamination_command(options):
     """`contamination`: what a training file and a benchmark share, by question id, by the name of the audio file, and
     by its samples (a hash of them as 16-bit numbers, so that wav and flac of a recording are the same)."""
-    train = read_questions(options.train)
+    train = (read_questions(options.train) if options.train_format == "jsonl"
+             else read_avqa(options.train, options.train_audio_root))
     items = read_benchmark(options.benchmark, options.data, options.audio_root)
 
     def keys(questions):
@@ -646,6 +648,18 @@ def load(folder, options):
 def target_layers(policy, options):
     """L_tgt: as given, else the last five (the paper's 43–47 of 48), all of a smaller model."""
     return options.target_layers or list(range(max(0, policy.num_layers - 5), policy.num_layers))
+
+
+def questions_of(options):
+    """The first questions of --data: of our own jsonl, or with --benchmark the closed ones of that benchmark's file."""
+    if not options.benchmark:
+        return read_questions(options.data)[:options.limit]
+    items = read_benchmark(options.benchmark, options.data, options.audio_root)
+    return [question_of(item) for item in items if item.kind == "closed"][:options.limit]
+
+
+def question_of(item):
+    return Question(item.id, item.audio, item.question, item.choices, item.answer)
 
 
 def batches(questions, options, name):
@@ -733,7 +747,9 @@ def read_options(arguments):
                                    ("acs", acs_command, None, "local evidence masking, Eq. 17")):
         sub = command(name, run, help)
         models(sub, 8, action=Named, metavar="[NAME=]DIR")
-        sub.add_argument("--data", required=True, help="jsonl of questions, see data.py")
+        sub.add_argument("--data", required=True, help="jsonl of questions, see data.py; or a benchmark's own file")
+        sub.add_argument("--benchmark", choices=BENCHMARKS, help="which one --data is of; its closed questions count")
+        sub.add_argument("--audio_root", help="folder that a benchmark's audio paths start from (default: the file's)")
         sub.add_argument("--out", required=True)
         sub.add_argument("--limit", type=int, default=limit, help="questions, from the first (default %(default)s)")
         sub.add_argument("--target_layers", type=int, nargs="+", help="L_tgt, 0-based (default: the last five)")
@@ -754,7 +770,9 @@ def read_options(arguments):
     sub.add_argument("--format_style", default="think", choices=("think", "reasoning"))
 
     sub = command("contamination", contamination_command, "what training data and a benchmark share")
-    sub.add_argument("--train", required=True, help="jsonl of questions, see data.py")
+    sub.add_argument("--train", required=True, help="training questions")
+    sub.add_argument("--train_format", default="jsonl", choices=("jsonl", "avqa"), help="train.py's data_format")
+    sub.add_argument("--train_audio_root", help="folder that AVQA's audio paths start from (default: the file's)")
     sub.add_argument("--benchmark", required=True, choices=BENCHMARKS)
     sub.add_argument("--data", required=True)
     sub.add_argument("--audio_root")

@@ -280,7 +280,9 @@ def load_embedder(name_or_folder):
 
     "nvidia/NV-Embed-v2", which MMAU-Pro's script uses, runs the code that its repository brings; it reads up to 4096
     tokens a text, padded on the right, with the end-of-text token added (as its authors do). No other model may run
-    code of its own. Raises InputError when sentence-transformers is not installed or the model cannot be loaded.
+    code of its own. Raises InputError when sentence-transformers is not installed or the model cannot be loaded:
+    NV-Embed-v2's code wants transformers 4.42, and names that later ones lack. This file imports no transformers, so
+    that `score` runs in an environment of that kind.
     """
     try:
         from sentence_transformers import SentenceTransformer
@@ -292,8 +294,9 @@ def load_embedder(name_or_folder):
         model = SentenceTransformer(str(name_or_folder), trust_remote_code=is_nv_embed)
     except (OSError, ValueError, ImportError) as error:
         reason = " ".join(str(error).split())
-        raise InputError(f"the embedder {name_or_folder} cannot be loaded ({reason}); give the name or folder of a "
-                         "sentence-transformers model") from error
+        mend = ("its code wants transformers 4.42, see the README, Evaluation" if is_nv_embed else
+                "give the name or folder of a sentence-transformers model")
+        raise InputError(f"the embedder {name_or_folder} cannot be loaded ({reason}); {mend}") from error
     ending = ""
     if is_nv_embed:
         model.max_seq_length = 4096

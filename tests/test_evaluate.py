@@ -161,7 +161,8 @@ def test_trace_samples_when_nothing_is_given(world, tmp_path, pictures):
 def test_a_token_may_hold_anything(tmp_path, pictures):
     """Dollars and line breaks stand in the labels as they are, and a long completion is drawn without them."""
     row = {"model": "m", "id": "q", "tokens": ["$x", "\n", "_^{", "\t%"], "token_ids": [1, 2, 3, 4],
-           "delta_h": [0.1, -0.2, 0.0, 1.0], "text_ref_entropy": [1.0] * 4, "audio_mass_max": [0.5] * 4, "audio_mass_mean": [0.1] * 4}
+           "delta_h": [0.1, -0.2, 0.0, 1.0], "text_ref_entropy": [1.0] * 4,
+           "audio_mass_max": [0.5] * 4, "audio_mass_mean": [0.1] * 4}
     evaluate.draw_trace([row], tmp_path / "few.png")
     long = {name: value * 60 if isinstance(value, list) else value for name, value in row.items()}
     evaluate.draw_trace([long], tmp_path / "long.png")
@@ -499,7 +500,8 @@ def test_broken_audio_is_reported_and_counted_wrong(world, tmp_path, monkeypatch
     assert {row["id"] for row in lines(tmp_path / "out" / "completions.jsonl")} == {"m0", "m2", "m3", "m5"}
     assert set(report["unreadable"]) == {"m1", "m4"} and "m1: counted wrong" in out and "m4: counted wrong" in out
     predictions = {row["id"]: row["prediction"] for row in lines(tmp_path / "out" / "predictions.jsonl")}
-    assert predictions == {**answers, "m1": "", "m4": ""}
+    assert predictions == {i: answer for i, answer in answers.items() if i not in ("m1", "m4")}
+    assert report["missing"] == 2 and report["official"]["accuracy"] == 1 and report["official"]["count"] == 4
     assert "MAPO" in (tmp_path / "out" / "table.md").read_text()
     write_mmau(tmp_path, count=6)  # mended: those two are asked, and only they
     asked = []
@@ -549,6 +551,10 @@ def test_mmsu_letters_are_read_from_the_answer(world, tmp_path, monkeypatch):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["accuracy"] == 0.75  # by text: a, b, c
     assert (report["official"]["right"], report["official"]["count"]) == (2, 4)  # "Calm" reads as C
+    code, _, err = run("score", "mmsu", "--predictions", tmp_path / "out" / "predictions.jsonl", "--data",
+                       tmp_path / "mmsu.jsonl", "--out", tmp_path / "again")
+    again = json.loads((tmp_path / "again" / "report.json").read_text())
+    assert code == 0 and {name: report[name] for name in again} == again  # the same from the lines that it wrote
 
 
 def test_mmau_pro_gives_no_points_for_nothing(world, tmp_path, monkeypatch):
@@ -566,6 +572,29 @@ def test_mmau_pro_gives_no_points_for_nothing(world, tmp_path, monkeypatch):
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert (report["right"], report["count"], report["missing"]) == (1, 3, 2)
     assert report["truncated"] == 2 and report["without an answer"] == 1 and set(report["unreadable"]) == {"broken"}
+
+
+def test_mmau_pro_maps_closed_answers_alone(world, tmp_path, monkeypatch):
+    """A letter is its option; what names none goes to the scorer as it is, as do the answers to other questions."""
+    closed = {"category": "sound", "choices": ["a dog", "a cat"], "answer": "a cat"}
+    open_one = {"category": "open", "choices": None, "answer": "a cat"}
+    told = {"category": "instruction following", "choices": None, "answer": None, "task_identifier": "No Commas"}
+    said = {"letter": ("B", closed), "text": ("it is a cat", closed), "none": ("fish", closed), "open": ("B", open_one),
+            "told": ("B", told)}
+    write_benchmark(tmp_path, "pro.jsonl", [{"id": i, "audio_path": ["clip.wav"], "question": "q", "kwargs": {}, **row}
+                                            for i, (_, row) in said.items()])
+    monkeypatch.setattr(evaluate, "sample", lambda policy, prompts, *_, **__: [
+        Completion(policy.tokenizer(f"hm</think> {said[p.question.id][0]}")["input_ids"], [], "stop") for p in prompts])
+    code, _, err = run("mmau-pro", "--model", world / "model", "--data", tmp_path / "pro.jsonl", "--out",
+                       tmp_path / "out")
+    assert code == 0, err
+    predictions = {row["id"]: row["prediction"] for row in lines(tmp_path / "out" / "predictions.jsonl")}
+    assert predictions == {"letter": "a cat", "text": "a cat", "none": "fish", "open": "B", "told": "B"}
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["parts"]["closed"]["right"] == 2 and report["answers that name no option"] == 1
+    options = evaluate.read_options(["trace", "--model", "x", "--data", str(tmp_path / "pro.jsonl"), "--benchmark",
+                                     "mmau-pro", "--out", "y"])
+    assert [q.id for q in evaluate.questions_of(options)] == ["letter", "text", "none"]
 
 
 def test_whole_texts_as_answers(world, tmp_path, monkeypatch):
@@ -636,6 +665,25 @@ def test_contamination(world, tmp_path):
     assert json.loads((tmp_path / "out" / "contamination.json").read_text()) == {
         "id": ["m2"], "audio file name": ["m1"], "audio samples": [hashlib.sha256(content).hexdigest()]}
     assert "id: 1 shared, of 3 in training and 5 in the benchmark; first ['m2']" in out
+    avqa = [{"id": i, "question_text": "q", "multi_choice": ["x", "y"], "answer": 0, "audio_path": row["audio"][6:]}
+            for i, row in enumerate(train)]
+    (tmp_path / "avqa.jsonl").write_text("".join(json.dumps(row) + "\n" for row in avqa))
+    code, out, err = run("contamination", "--train", tmp_path / "avqa.jsonl", "--train_format", "avqa",
+                         "--train_audio_root", tmp_path / "clips", "--benchmark", "mmau", "--data",
+                         tmp_path / "mmau.json")
+    assert code == 0, err
+    assert "id: 0 shared" in out and "audio file name: 1 shared" in out and "audio samples: 1 shared" in out
+
+
+def test_the_questions_of_a_benchmark(tmp_path):
+    """trace and acs ask a benchmark's closed questions, the first of them, as the benchmark's own command does."""
+    rows = write_mmau(tmp_path, count=4)
+    options = evaluate.read_options(["acs", "--model", "x", "--data", str(tmp_path / "mmau.json"), "--benchmark",
+                                     "mmau", "--limit", "3", "--out", "y"])
+    questions = evaluate.questions_of(options)
+    assert [(q.id, q.question, list(q.choices), q.answer, q.audio) for q in questions] == [
+        (row["id"], row["question"], row["choices"], row["answer"], (tmp_path / f"{row['id']}.wav",))
+        for row in rows[:3]]
 
 
 @pytest.mark.parametrize("arguments, message", [
