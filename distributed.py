@@ -195,7 +195,7 @@ def _end(message):
 # ─────────────────────────────────────────────────── the node that serves ─────────────────────────────────────────────
 
 
-def launch(stack, team, name, **arguments):
+def launch(stack, team, which, **arguments):
     """A Server of these arguments: a process of rank 0's own, or, where a node serves, one that this node starts when
     it reads of it in the rendezvous store. No address is typed by hand."""
     if not team.node_serves:
@@ -207,8 +207,8 @@ def launch(stack, team, name, **arguments):
         return ask({**arguments, "folder": str(folder)})[0]
 
     def ask(what):
-        team.store.set(f"ask/{name}/{asked[0]}", json.dumps(what, default=str))
-        return json.loads(team.store.get(f"at/{name}/{asked[0]}"))  # waits for it
+        team.store.set(f"ask/{which}/{asked[0]}", json.dumps(what, default=str))
+        return json.loads(team.store.get(f"at/{which}/{asked[0]}"))  # waits for it
 
     url, key = ask(arguments)
     arguments.pop("python")

@@ -233,8 +233,7 @@ class Policy(torch.nn.Module):
         """
         keeps, whole = not dist.is_initialized() or dist.get_rank() == 0, {}
         for name, tensor in self.base.state_dict().items():
-            if isinstance(tensor, DTensor):
-                tensor = tensor.full_tensor().cpu()
+            tensor = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
             if keeps:
                 whole[name] = tensor
         merged = {}
@@ -252,7 +251,7 @@ class Policy(torch.nn.Module):
         keeps, state = not dist.is_initialized() or dist.get_rank() == 0, {}
         for name, tensor in self.model.state_dict().items():
             if ".lora_" in name:
-                tensor = tensor.full_tensor().cpu() if isinstance(tensor, DTensor) else tensor
+                tensor = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
                 if keeps:
                     state[name] = tensor
         if keeps:

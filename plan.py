@@ -6,6 +6,8 @@ Shapes come from the model folder's config.json on the meta device: no weights a
 Each line of the table is a formula of `plan`, whose comments say what is counted. Computed, not measured.
 """
 
+import math
+
 from distributed import units
 from model import LOGIT_COLUMNS, MASS_ROWS, audio_token_count
 
@@ -22,15 +24,21 @@ def plan(policy, config, gpus, audio_seconds=30):
     Activations: the inputs of all layers (checkpointing keeps no more) and one layer's inside, when it is recomputed.
     """
     text = policy.base.config.get_text_config()
-    count = {"all": 0, "trained": 0}
-    for parameter in policy.parameters():
-        count["all"] += parameter.numel()
-        count["trained"] += parameter.numel() * parameter.requires_grad
+
+    def share(parameters):
+        """Elements of them on the fullest GPU: fully_shard deals out the rows (dimension 0) in equal pieces, as far as
+        they go. Of 128 experts' rows each of 24 GPUs gets 6, two of them none."""
+        return sum(math.ceil(p.shape[0] / gpus) * (p.numel() // p.shape[0]) for p in parameters)
+
+    def trained(parameters):
+        return [p for p in parameters if p.requires_grad]
+
+    parameters = list(policy.parameters())
     inner, unit_sizes = set(), {}
     for module in units(policy):  # inner ones first: a unit holds what no unit inside it holds
         own = [p for p in module.parameters() if id(p) not in inner]
         inner |= {id(p) for p in own}
-        unit_sizes[module] = (sum(p.numel() for p in own), sum(p.numel() for p in own if p.requires_grad))
+        unit_sizes[module] = gpus * share(own), gpus * share(trained(own))  # gathered with the pieces' padding
     root, root_trained = unit_sizes.pop(policy)
     largest, largest_trained = max(unit_sizes.values())
 
@@ -49,14 +57,15 @@ def plan(policy, config, gpus, audio_seconds=30):
         activations = layers * layer
     else:
         activations = 2 * tokens * hidden * layers + layer
-    mass = 4 * 4 * rows * heads * min(MASS_ROWS["cuda"], config.max_new_tokens) * length  # z, α, dz, and their like, fp32
+    mass = 4 * 4 * rows * heads * min(MASS_ROWS["cuda"], config.max_new_tokens) * length  # z, α, dz …, fp32
     logits = 4 * 4 * tokens * LOGIT_COLUMNS  # logits, exponentials, copies, fp32
-    reference = 0 if config.lora_rank else 2 * count["all"]
+    everything = sum(p.numel() for p in parameters)
+    reference = 0 if config.lora_rank else 2 * share(parameters)
     on_gpu = {
-        "weights, fp32, sharded": 4 * count["all"] / gpus,
-        "gradients, fp32, sharded": 4 * count["trained"] / gpus,
-        "AdamW, fp32, sharded": 8 * count["trained"] / gpus,
-        "reference, bf16, sharded": 0 if config.offload_reference else reference / gpus,
+        "weights, fp32, sharded": 4 * share(parameters),
+        "gradients, fp32, sharded": 4 * share(trained(parameters)),
+        "AdamW, fp32, sharded": 8 * share(trained(parameters)),
+        "reference, bf16, sharded": 0 if config.offload_reference else reference,
         "gathered: root unit, bf16": 2 * root,
         "gathered: a unit and the next, bf16": 2 * 2 * largest,
         "gradient of a unit and the root, bf16 and fp32": 6 * (largest_trained + root_trained),
@@ -65,10 +74,10 @@ def plan(policy, config, gpus, audio_seconds=30):
         "logits of a chunk": logits,
         "margin": MARGIN}
     return on_gpu, {
-        "parameters": count["all"], "trained": count["trained"], "largest unit, bf16 bytes": 2 * largest,
-        "root unit, bf16 bytes": 2 * root, "longest row, tokens": length,
-        "reference on the CPU, bytes a GPU": reference / gpus if config.offload_reference else 0,
-        "push, bf16 bytes": 2 * count["all"], "rollout server's weights, bf16 bytes": 2 * count["all"],
+        "parameters": everything, "trained": sum(p.numel() for p in trained(parameters)),
+        "largest unit, bf16 bytes": 2 * largest, "root unit, bf16 bytes": 2 * root, "longest row, tokens": length,
+        "reference on the CPU, bytes a GPU": reference if config.offload_reference else 0,
+        "push, bf16 bytes": 2 * everything, "rollout server's weights, bf16 bytes": 2 * everything,
         "KV cache of a token, bf16 bytes": 2 * 2 * layers * kv_heads * width}
 
 

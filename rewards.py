@@ -180,11 +180,12 @@ LONGEST_WAIT = 30.0
 
 
 def consistency_rewards(completions, *, url, model, api_key=None, format_style="think", max_in_flight=32, timeout=60.0,
-                        attempts=5):
+                        attempts=5, trust_env=True):
     """r_cons of each completion, in their order: the checker's YES is 1.0, its NO 0.0.  (Sec. 4, Appendix B)
 
     url: base of an OpenAI-compatible server, as "http://host:8000/v1"; model: the name it serves the checker under
-    (paper: Qwen3-30B-A3B-Instruct); max_in_flight: requests at a time; timeout: seconds of one request.
+    (paper: Qwen3-30B-A3B-Instruct); max_in_flight: requests at a time; timeout: seconds of one request;
+    trust_env: whether http_proxy and the like count.
     A completion without thinking or without an answer is "visibly incomplete" (failure mode 2): 0.0, nobody is asked.
     Transport faults and HTTP 408, 409, 429 and 5xx are tried again, `attempts` times in all, with growing waits.
     Raises CheckerError when they do not pass, at once for any other status and for a reply that is neither YES nor NO:
@@ -211,7 +212,7 @@ def consistency_rewards(completions, *, url, model, api_key=None, format_style="
 
     headers = {"Authorization": f"Bearer {api_key.strip()}"} if api_key else {}  # a line break would stand in an error
     limits = httpx.Limits(max_connections=max_in_flight, max_keepalive_connections=max_in_flight)
-    with (httpx.Client(headers=headers, timeout=timeout, limits=limits) as client,
+    with (httpx.Client(headers=headers, timeout=timeout, limits=limits, trust_env=trust_env) as client,
           ThreadPoolExecutor(max_in_flight, thread_name_prefix="checker") as pool):
         futures = [pool.submit(score, completion) for completion in completions]
         try:

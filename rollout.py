@@ -284,6 +284,7 @@ class Server:
             raise InputError(f"the vLLM server at {url or host} has no key, and its endpoints run methods by name: set "
                              "VLLM_API_KEY, there and here")
         self.ours = python is not None or restart is not None
+        self.trust_env = not self.ours  # http_proxy is for the servers of others; ours would get the key as well
         self.version = 0 if self.ours else None  # of the weights: None until the first push to a server of others
         self.deaths, self.process, self.ready, self.closed = 0, None, False, False
 
@@ -361,7 +362,8 @@ class Server:
                 raise self._failure(f"was not healthy after {START_SECONDS} s")
             time.sleep(0.5)
         path = "/is_paused" if self.weights_change else "/v1/models"
-        if self.key and (status := httpx.get(self.url + path, timeout=30).status_code) != 401:
+        if self.key and (status := httpx.get(self.url + path, timeout=30,
+                                           trust_env=self.trust_env).status_code) != 401:
             raise self._failure(f"answers {path} without the key (HTTP {status}); start it with --middleware "
                                 "vllm_worker.RequireKey, VLLM_API_KEY and VLLM_SERVER_DEV_MODE=1")
         self.ready = True
@@ -377,7 +379,7 @@ class Server:
     def answers(self):
         """Is there somebody at the address?"""
         try:
-            return httpx.get(f"{self.url}/health", timeout=5).status_code == 200
+            return httpx.get(f"{self.url}/health", timeout=5, trust_env=self.trust_env).status_code == 200
         except httpx.TransportError:
             return False
 
@@ -414,7 +416,8 @@ class Server:
         return {"Authorization": f"Bearer {self.key}"} if self.key else {}
 
     def _post(self, path, body=None, timeout=60, **parameters):
-        answer = httpx.post(self.url + path, json=body, params=parameters, headers=self._headers(), timeout=timeout)
+        answer = httpx.post(self.url + path, json=body, params=parameters, headers=self._headers(), timeout=timeout,
+                            trust_env=self.trust_env)
         if answer.status_code >= 500 and self.process:
             with contextlib.suppress(subprocess.TimeoutExpired):  # a server whose engine is dead ends of itself
                 raise _Died(f"ended with status {self.process.wait(5)}")
@@ -458,7 +461,8 @@ class Server:
         return [completion for i in range(len(requests)) for completion in groups[i]]
 
     def _check_version(self):
-        answer = httpx.get(f"{self.url}/weight_info", headers=self._headers(), timeout=60)
+        answer = httpx.get(f"{self.url}/weight_info", headers=self._headers(), timeout=60,
+                           trust_env=self.trust_env)
         held = answer.json().get("weight_version") if answer.status_code == 200 else f"HTTP {answer.status_code}"
         if str(held) != str(self.version):
             raise self._failure(f"holds weights of version {held}, and {self.version} was pushed: was it started "
@@ -467,7 +471,7 @@ class Server:
     async def _ask(self, missing, requests, read, groups, bar):
         slots, limits = asyncio.Semaphore(IN_FLIGHT), httpx.Limits(max_connections=IN_FLIGHT + 1)
         async with httpx.AsyncClient(base_url=self.url, headers=self._headers(), limits=limits,
-                                     timeout=httpx.Timeout(60, read=None)) as client:
+                                     timeout=httpx.Timeout(60, read=None), trust_env=self.trust_env) as client:
             async def one(i):
                 async with slots:
                     question, body = requests[i]

@@ -380,7 +380,8 @@ def check_consistency(texts, config, checker=None):
         checker.wait()
         try:
             rewards = consistency_rewards(texts, url=f"{checker.url}/v1", model=config.checker_model,
-                                          format_style=config.format_style, api_key=checker.key)
+                                          format_style=config.format_style, api_key=checker.key,
+                                          trust_env=checker.trust_env)
             checker.deaths = 0
             return rewards
         except CheckerError as error:
@@ -609,8 +610,8 @@ def open_log(config, team=Team(), done=0):
             if tracker and name == "metrics.jsonl":
                 tracker.log({k: v for k, v in record.items() if v is not None}, step=record["step"])
 
-        if tracker:
-            files.callback(tracker.end_training)
+        for each in tracker.trackers if tracker else ():  # end_training would tear down the ranks' connection as well
+            files.callback(each.finish)
         yield log
 
 
@@ -820,6 +821,8 @@ def open_servers(config, policy, questions, team=Team()):
             server = launch(stack, team, "rollout", folder=served, python=vllm_python(config), log=folder / "vllm.log",
                             flags=config.vllm_flags, clips=max(len(q.audio) for q in questions))
         if config.reward_weights[2] != 0 and Path(config.checker).is_dir():
+            if server and server.ours:  # on the same GPUs: vLLM measures what is free while it starts, one at a time
+                server.wait()
             checker = launch(stack, team, "checker", folder=Path(config.checker).resolve(), python=vllm_python(config),
                              log=folder / "checker.log", flags=config.checker_flags, weights_change=False,
                              name=config.checker_model)

@@ -23,7 +23,7 @@ class WeightReload:
             method = getattr(layer, "quant_method", None)
             if self.device.type == "cpu" and getattr(method, "moe_kernel", None) is not None:
                 method.moe_kernel = None
-        self.model_runner.reload_weights(weights_iterator=_tensors(Path(folder)))
+        self.reload_weights(weights_iterator=_tensors(Path(folder)))
 
 
 def _tensors(folder):

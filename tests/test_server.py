@@ -554,8 +554,8 @@ def test_worker_loads_every_file(world, tmp_path):
         expert.quant_method = SimpleNamespace(moe_kernel="built")
         worker = vllm_worker.WeightReload()
         worker.device = torch.device(device)
-        worker.model_runner = SimpleNamespace(get_model=lambda: torch.nn.Sequential(expert, torch.nn.Linear(1, 1)),
-                                              reload_weights=lambda weights_iterator: taken.update(weights_iterator))
+        worker.model_runner = SimpleNamespace(get_model=lambda: torch.nn.Sequential(expert, torch.nn.Linear(1, 1)))
+        worker.reload_weights = lambda weights_iterator: taken.update(weights_iterator)
         worker.load_folder(str(tmp_path))
         assert expert.quant_method.moe_kernel == kernel
         again = type(policy.base).from_pretrained(tmp_path).state_dict()
@@ -903,6 +903,41 @@ def test_the_checkers_server(world, tmp_path, monkeypatch, stand_in):
         want(light=True, die_after=0)
         with pytest.raises(RolloutError, match="2 in a row"):
             train.check_consistency(texts, config, checker)
+
+
+def test_a_proxy_never_sees_our_own_servers(world, base, tmp_path, monkeypatch):
+    """http_proxy names a port where nobody answers: whoever asked there would wait for the server in vain."""
+    for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    monkeypatch.delenv("no_proxy", raising=False)
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    want()
+    with Server(world / "model", python=PYTHON, log=tmp_path / "log", clips=2) as server:
+        ask_for(*base, server)
+        push_weights(server, base[0], tmp_path / "weights", 1)
+        ask_for(*base, server)
+    want(light=True, say="YES")
+    config = train.read_config(arguments(world, tmp_path / "out", "--checker", world / "model"))
+    with Server(world / "model", python=PYTHON, log=tmp_path / "log", weights_change=False,
+                name=config.checker_model) as checker:
+        assert train.check_consistency(["<think>It barks.</think> a dog"], config, checker) == [1]
+
+
+def test_the_checker_starts_when_the_rollout_server_answers(world, base, tmp_path, monkeypatch, stand_in):
+    """On the same GPUs: each of the two would take what the other allocates meanwhile for taken from its own share."""
+    config = train.read_config(arguments(world, tmp_path, "--checker", world / "model"))
+    before, ready, start = len(stand_in), [], Server._start
+
+    def started(server):
+        ready.append([other.ready for other, _ in stand_in[before:]])
+        start(server)
+
+    monkeypatch.setattr(Server, "_start", started)
+    want(say="YES")
+    with train.open_servers(config, base[0], read_questions(config.data)) as (server, checker):
+        ask_for(*base, server)
+        assert train.check_consistency(["<think>It barks.</think> a dog"], config, checker) == [1]
+    assert ready == [[], [True]]
 
 
 # ───────────────────────────────────────────────────────── train.py ───────────────────────────────────────────────────

@@ -115,6 +115,7 @@ class Engine:
             raise AttributeError(f"no method {method} on the workers")
         extension = named(self.options.worker_extension_cls)()
         extension.model_runner, extension.device = self.model_runner, self.device
+        extension.reload_weights = self.reload_weights  # vLLM mixes the extension into its worker class
         with self.lock:
             getattr(extension, method)(*args, **(kwargs or {}))
 
