@@ -152,7 +152,7 @@ def gone(folder, seconds=10):
 
 
 CONFIGURATIONS = {
-    "grpo": ["--mask", "false", "--eta", "0"],
+    "grpo": ["--mask", "false", "--eta", "0", "--offload_reference", "true"],
     "mask": ["--eta", "0", "--mask_truncated", "true", "--steps_per_generation", "1"],
     "mapo": ["--eta", "0.5", "--gradient_checkpointing", "true", "--freeze_audio_tower", "false"],
     "lora": ["--eta", "0.5", "--lora_rank", "2", "--lora_alpha", "8", "--gradient_checkpointing", "true"]}
@@ -332,6 +332,7 @@ def test_a_server_that_never_comes_up_ends_the_job(world, tmp_path):
         assert gone(tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_node_that_serves_waits_for_the_last_checkpoint(tmp_path):
     """Rank 0 may write for longer than a handshake takes: the last barrier is not bound by the handshake's time."""
     script = """
@@ -543,7 +544,7 @@ def test_resume_of_lora(world, alone, tmp_path):
 # ──────────────────────────────────────────────────────── failures ────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize("act", ["raise", "kill"])
+@pytest.mark.parametrize("act", [pytest.param("raise", marks=pytest.mark.slow), "kill"])
 def test_a_rank_that_fails_ends_the_job(world, alone, uninterrupted, tmp_path, act):
     """Rank 1 of two nodes raises, or is killed, before the fourth optimizer step: both agents end with an error within
     a minute, the output names the rank, nothing is left running, and the run resumes from its last state."""

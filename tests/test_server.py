@@ -596,7 +596,7 @@ def stop(server):
     impatient(server)
 
 
-@pytest.mark.parametrize("fault", [end_by_itself, hang, stop])
+@pytest.mark.parametrize("fault", [end_by_itself, hang, pytest.param(stop, marks=pytest.mark.slow)])
 def test_deaths_in_the_middle_of_a_batch(world, victim, tmp_path, monkeypatch, fault):
     """After the third group, with pushed weights, the server ends, hangs, or is stopped: the batch is whole, every
     group exactly once, from a new server with the same weights."""
