@@ -152,8 +152,8 @@ def gone(folder, seconds=10):
 
 
 CONFIGURATIONS = {
-    "grpo": ["--mask", "false", "--eta", "0", "--offload_reference", "true"],
-    "mask": ["--eta", "0", "--mask_truncated", "true", "--steps_per_generation", "1"],
+    "grpo": ["--mask", "false", "--eta", "0"],
+    "mask": ["--eta", "0", "--mask_truncated", "true", "--steps_per_generation", "1", "--offload_reference", "true"],
     "mapo": ["--eta", "0.5", "--gradient_checkpointing", "true", "--freeze_audio_tower", "false"],
     "lora": ["--eta", "0.5", "--lora_rank", "2", "--lora_alpha", "8", "--gradient_checkpointing", "true"]}
 RANKS = {2: list(CONFIGURATIONS), 3: ["mask", "mapo"], 4: list(CONFIGURATIONS)}  # 8 and 16 completions a step
