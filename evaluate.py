@@ -109,6 +109,9 @@ def score_only(options):
     for number, row in numbered_rows(options.predictions):
         if not isinstance(row.get("id"), str) or not isinstance(row.get("prediction"), str):
             raise InputError(f"{options.predictions}:{number}: give {{\"id\": …, \"prediction\": …}}, two strings")
+        if not isinstance(row.get("answer", ""), str):
+            raise InputError(f"{options.predictions}:{number}: field 'answer' is {row['answer']!r}; give a string, or "
+                             "leave it out")
         if row["id"] in predictions:
             raise InputError(f"{options.predictions}:{number}: a second prediction for {row['id']!r}; keep one")
         predictions[row["id"]] = row["prediction"]

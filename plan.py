@@ -27,7 +27,7 @@ def plan(policy, config, gpus, audio_seconds=30):
 
     def share(parameters):
         """Elements of them on the fullest GPU: fully_shard deals out the rows (dimension 0) in equal pieces, as far as
-        they go. Of 128 experts' rows each of 24 GPUs gets 6, two of them none."""
+        they go. Of 128 experts' rows 21 of 24 GPUs get 6, one gets 2, and two get none."""
         return sum(math.ceil(p.shape[0] / gpus) * (p.numel() // p.shape[0]) for p in parameters)
 
     def trained(parameters):

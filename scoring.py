@@ -50,8 +50,8 @@ def score(name, items, predictions, judge=None, embed=None, answers=None):
 
     name: "mmau", "mmar", "mmsu" or "mmau-pro"; items: as read_benchmark gives them; predictions: {id: text}.
     judge: prompt → reply, called by JUDGE_AT_ONCE threads, and embed: list of texts → matrix [texts, dims]; both for
-    MMAU-Pro alone. answers: {id: the
-    text that a prediction was made from}, where MMSU's script reads its letters; without it, the predictions.
+    MMAU-Pro alone. answers: {id: the text that a prediction was made from}, where MMSU's script reads its letters;
+    without it, the predictions.
 
         accuracy, right, count   over all rows; right is a sum of points, in MMAU-Pro's open part of fractions
         missing, empty           rows without a prediction (wrong, counted), and with a blank one (scored as it is)

@@ -10,8 +10,8 @@ knows), cut at 500 tokens of a byte-level BPE of Qwen's class and pre-tokenizer,
 On all cores: the completions are split over processes that are there already.
 A step of the 30B recipe: the paper's 24 training GPUs, taken as H20 (148 TFLOP/s in bf16) at 40 % of that rate, for the
 forwards of π_old, π_ref, π_text-ref and the update with recomputation, 2 + 2 + 2 + 8 FLOPs a parameter and token, on
-192 completions of 500 tokens and prompts of 590; 3.35 B parameters are active. Computed, and generation left out: a lower
-bound.
+192 completions of 500 tokens and prompts of 590; 3.35 B parameters are active. Computed, and generation left out: a
+lower bound.
 """
 
 import os

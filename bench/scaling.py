@@ -8,7 +8,8 @@ full MAPO: the forwards of π_old, π_ref and π_text-ref and one update of all 
 process for each size, repeats in turn, medians; memory beyond weights and optimizer. The exponent is the slope of a
 straight line through the logarithms.
 Ranks: `train.py recipes/toy.yaml` on the toy's world and untrained model, torchrun on gloo, one thread a rank, the
-median of the steps after the first; memory is that of the largest process. Two ranks on two cores share them with nobody.
+median of the steps after the first; memory is that of the largest process. Two ranks on two cores share them with
+nobody.
 Generation: 4 prompts of 512 tokens, G = 8, 16 new tokens.
 """
 

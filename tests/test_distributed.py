@@ -277,7 +277,8 @@ def test_export_of_two_ranks(world, runs, name):
 @pytest.mark.slow
 def test_four_nodes_one_of_which_serves(world, alone, tmp_path):
     """The last of four nodes serves and trains nothing, for a run in step, one ahead, one with a checker's server as
-    well, and one whose server is killed: all finish with the weight versions that they must have, and nothing is left running."""
+    well, and one whose server is killed: all finish with the weight versions that they must have, and nothing is
+    left running."""
     log, place = tmp_path / "requests.jsonl", {"STAND_IN_PYTHON": sys.executable}
     served = ["--rollout", "vllm", "--vllm_python", "tests/stand_in/python", "--max_steps", "5"]
     names = {"sync": [], "async": ["--async_rollouts", "true"], "checked": ["--checker", world / "model"], "killed": []}

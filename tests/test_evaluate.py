@@ -636,7 +636,9 @@ def test_score_command(tmp_path):
     assert run(*arguments, "--out", tmp_path / "out")[0] == 0
     assert json.loads((tmp_path / "out" / "report.json").read_text())["accuracy"] == 0.5
     for extra, message in (({"id": "m0", "prediction": "x"}, "predictions.jsonl:4: a second prediction for 'm0'"),
-                           ({"id": "m0"}, "predictions.jsonl:4: give"), ({"id": "z", "prediction": "x"}, "z")):
+                           ({"id": "m0"}, "predictions.jsonl:4: give"),
+                           ({"id": "m5", "prediction": "x", "answer": None}, "predictions.jsonl:4: field 'answer'"),
+                           ({"id": "z", "prediction": "x"}, "z")):
         file.write_text("".join(json.dumps(p) + "\n" for p in [*predictions, extra]))
         code, _, err = run(*arguments)
         assert code == 2 and message in err and err.count("\n") == 1
