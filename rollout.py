@@ -1,226 +1,336 @@
-"""Rollouts: G completions y⁽¹⁾..y⁽ᴳ⁾ ~ π_θ(· | x) for every prompt (Algorithm 1, line 3), behind one call.
+"""Rollouts: G completions y⁽¹⁾..y⁽ᴳ⁾ ~ π_θ(· | x) for every prompt x.  (Algorithm 1, line 3)
 
-    completions = sample(policy, prompts, G, temperature=1.2, max_new_tokens=1200, seed=0)                  # here
-    with Server("Qwen3-Omni-30B-A3B-Thinking", python=".venv-vllm/bin/python", log="vllm.log") as server:   # on vLLM
-        completions = sample(policy, prompts, G, temperature=1.2, max_new_tokens=1200, seed=0, server=server)
-        push_weights(server, policy, "runs/weights", version=4)
+    sampling = Sampling(temperature=1.2, top_k=50, top_p=0.99, max_new_tokens=1200)
+    completions = sample(policy, prompts, G, sampling, seed=0)                 # in this process
+    completions = sample(policy, prompts, G, sampling, seed=0, server=server)  # on vLLM, server.py
+    push_weights(server, policy, "runs/weights", version=4)                    # after an update
 
-In this process the prompt of a group, audio encoder included, runs once; its keys and values are then repeated for the
-G samples. A vLLM server (the paper's way) is a process of its own: it gets the audio with each question, and the
-policy's weights after each update. What it answers is checked: its prompt's token ids must be ours, and after a push
-the log-probs of what it samples.
+In this process, each prompt runs once, audio encoder included; its keys and values are then
+repeated for the G samples. A vLLM server (the paper's way) receives the audio with each question,
+and the policy's weights after each update. We check its answers: the token ids of its prompts must
+equal ours, and so, after a push, must the log-probs of its samples (`check_push`).
 """
 
-import asyncio
 import base64
-import contextlib
+import functools
 import hashlib
 import io
-import ipaddress
-import json
 import math
-import os
-import re
-import secrets
-import shlex
 import shutil
-import signal
-import socket
-import subprocess
-import time
-from dataclasses import dataclass
+from collections import defaultdict
+from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import urlsplit
 
-import httpx
 import soundfile
-import tenacity
 import torch
+from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
-from transformers import (LogitsProcessorList, RepetitionPenaltyLogitsProcessor, SuppressTokensLogitsProcessor,
-                          TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper)
+from transformers import (LogitsProcessorList, RepetitionPenaltyLogitsProcessor,
+                          SuppressTokensLogitsProcessor, TemperatureLogitsWarper,
+                          TopKLogitsWarper, TopPLogitsWarper)
 
-from data import SAMPLE_RATE, InputError, conversation
-from model import positions
+from checkpoint import save_policy, whole_weights
+from data import SAMPLE_RATE, conversation
+from distributed import rows_of_rank
+from model import Batch, positions
+from server import RolloutError
 
-SEQUENCES = 256  # completions decoded at a time in this process; bounds the KV cache
-IN_FLIGHT = 64  # questions at a time on a server
-ATTEMPTS = 5  # of one request, when the connection or the server has a passing fault
-START_SECONDS = 1800  # a server that is not healthy by then has failed: the 30B takes minutes to load
-STALL_SECONDS = 300  # a server that makes no token for so long, with questions in flight, counts as dead
-PUSH_SECONDS = 600  # longest reload of the weights
-DEATHS = 3  # in a row, that end the run
+SEQUENCES = 256  # completions decoded at the same time in this process; bounds the KV cache
 CHECK_TOKENS = 32  # length of the completions that check_push compares
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The distribution that completions are sampled from."""
+
+    temperature: float  # 0 is greedy decoding
+    top_k: int = 0  # 0 keeps all tokens
+    top_p: float = 1.0  # 1 keeps all tokens
+    repetition_penalty: float = 1.0  # 1 is none
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
 class Completion:
-    """One sampled completion. EOS, where the policy wrote it, is its last token."""
+    """One sampled completion. If the policy ended it, EOS is its last token."""
 
     token_ids: list[int]
-    logps: list[float]  # the sampler's own log-probs, after temperature, top-k and top-p, renormalised; nats
-    finish_reason: str  # "stop" (an EOS was sampled) or "length" (max_new_tokens reached)
+    logps: list[float]  # of the sampler, after temperature, top-k and top-p, renormalised; nats
+    finish_reason: str  # "stop" (EOS was sampled) or "length" (max_new_tokens was reached)
 
 
-class RolloutError(RuntimeError):
-    """The server cannot go on, or answers what training must not use. One line, then the server's last log lines."""
+def sample(policy, prompts, group_size, sampling, *, seed, progress=False, server=None):
+    """Samples G = group_size completions for each of P prompts.  (Algorithm 1, line 3)
 
+    → list of P·G Completions; those of one prompt are next to each other. Placeholder ids, such as
+    those of audio tokens, are never sampled.
 
-def sample(policy, prompts, group_size, *, temperature, top_k=0, top_p=1.0, repetition_penalty=1.0, max_new_tokens,
-           seed, progress=False, server=None):
-    """`group_size` completions of every prompt → list[Completion], the completions of a prompt contiguous.
-
-    temperature 0 is greedy decoding; top_k 0 and top_p 1 leave the distribution whole. Placeholder ids are banned. On a
-    `server` (see Server) the weights are those that were pushed last; without one the policy samples in this process,
-    where the same seed gives the same completions. Raises RolloutError.
+    server: a server.Server, which samples with the weights that were pushed last. Without one the
+    policy samples in this process, and the same seed gives the same completions.
+    Raises RolloutError if the server fails or its answer is not usable.
     """
-    if server is not None:
-        body = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "repetition_penalty": repetition_penalty,
-                "max_tokens": max_new_tokens, "n": group_size}
-        return server.complete([(prompt.question.id, _request(policy, prompt, body, f"{seed} {i}"))
-                                for i, prompt in enumerate(prompts)],
-                               lambda i, answer: _read(answer, policy, prompts[i], group_size), progress)
-    with torch.no_grad():
-        return _sample_here(policy, prompts, group_size, temperature, top_k, top_p, repetition_penalty, max_new_tokens,
-                            seed, progress)
+    if server is None:
+        return _sample_here(policy, prompts, group_size, sampling, seed, progress)
+    requests = [(prompt.question.id, functools.partial(_request, policy, prompt, group_size,
+                                                       sampling, f"{seed} {i}"))
+                for i, prompt in enumerate(prompts)]
+    return server.complete(
+        requests, lambda i, answer: _read(answer, policy, prompts[i], group_size), progress)
 
 
-# ───────────────────────────────────────────────────── in this process ────────────────────────────────────────────────
+# ──────── the completions of one iteration ────────
 
 
-def _sample_here(policy, prompts, group_size, temperature, top_k, top_p, repetition_penalty, max_new_tokens, seed,
-                 progress):
-    # In training mode with checkpointing transformers drops the cache, and would sample from nothing.
+@dataclass
+class GenerationBatch:
+    """The completions of one iteration, group by group, and what is computed on them once.
+
+    N = generation_batch_size; entry i of every list belongs to completion i, whose length is T.
+    """
+
+    prompts: list  # [N] model.Prompt, each repeated G times
+    completions: list  # [N] rollout.Completion
+    weight_version: int  # optimizer steps behind the weights that sampled them
+    tokens_per_second: float  # of sampling
+    seconds: dict = field(default_factory=lambda: defaultdict(float))  # phase → time, for the log
+    texts: list = None  # [N] str
+    rewards: dict = None  # name → tensor [N]: accuracy, format, consistency, total (Eq. 6)
+    advantages: torch.Tensor = None  # [N] Â
+    pos_gates: list = None  # [N] of [T] 0/1, g_t^pos
+    pos_fallbacks: list = None  # [N] 0/1: did the gate fall back to all ones?
+    old_logp: list = None  # [N] of [T], π_old = π_θ at the start of the iteration
+    ref_logp: list = None  # [N] of [T]
+    text_ref_entropy: list = None  # [N] of [T], H(π_text-ref); None in plain GRPO
+
+
+def rows_of_step(step, config):
+    """Which completions of its generation batch an optimizer step trains on; steps start at 1."""
+    first = (step - 1) % config.steps_per_generation * config.step_size
+    return range(first, first + config.step_size)
+
+
+def micro_batches(rows, batch, run):
+    """This rank's part of a range of rows, in micro-batches: (rows, which of them are real)."""
+    size, config = run.config.micro_batch_size, run.config
+    for start in range(rows.start, rows.stop, config.step_size):  # rows of a step keep their rank
+        step_rows = range(start, min(start + config.step_size, rows.stop))
+        length_of = {i: len(batch.prompts[i].ids) + len(batch.completions[i].token_ids)
+                     for i in step_rows}
+        own = rows_of_rank(step_rows, length_of, run.team)
+        for first in range(0, len(own), size):
+            part, real = zip(*own[first:first + size])
+            yield list(part), list(real)
+
+
+@dataclass
+class MicroBatch:
+    """Tensors of B completions, padded to [B, T] on the policy's device; 0 where padded."""
+
+    rows: list  # [B] places in the generation batch
+    real: list  # [B] bool; False for a row that only keeps the ranks in step
+    weight: float  # of its loss: counted completions here / counted completions of the step
+    inputs: Batch
+    token_mask: torch.Tensor  # [B, T] bool, the tokens of the real completions
+    loss_mask: torch.Tensor  # [B, T] bool, those that the loss counts (mask_truncated)
+    advantages: torch.Tensor  # [B]
+    accuracy_reward: torch.Tensor  # [B]
+    old_logp: torch.Tensor
+    ref_logp: torch.Tensor
+    sampler_logp: torch.Tensor
+    pos_gate: torch.Tensor
+    text_ref_entropy: torch.Tensor | None
+
+
+def gather_rows(batch, step_rows, rows, real, run):
+    """The completions `rows` of a generation batch → MicroBatch. step_rows: all of the step."""
+    config, device = run.config, run.policy.device
+
+    def counts(row):  # does the loss count this completion?
+        return not (config.mask_truncated and batch.completions[row].finish_reason == "length")
+
+    def padded(values):  # list of N tensors or lists [T] → [B, T]
+        return pad_sequence([torch.as_tensor(values[row]) for row in rows],
+                            batch_first=True).to(device)
+
+    counted = torch.tensor([counts(row) for row in rows], device=device)[:, None]  # [B, 1]
+    inputs = collate(batch, rows, run)
+    token_mask = inputs.completion_mask.to(device) & torch.tensor(real, device=device)[:, None]
+    here = sum(counts(row) and is_real for row, is_real in zip(rows, real))
+    return MicroBatch(
+        rows, real, here / max(1, sum(map(counts, step_rows))), inputs, token_mask,
+        token_mask & counted, batch.advantages[rows].to(device),
+        batch.rewards["accuracy"][rows].to(device), padded(batch.old_logp),
+        padded(batch.ref_logp), padded([c.logps for c in batch.completions]),
+        padded(batch.pos_gates), padded(batch.text_ref_entropy) if batch.text_ref_entropy else None)
+
+
+def collate(batch, rows, run, text_only=False):
+    return run.policy.collate([batch.prompts[row] for row in rows],
+                              [batch.completions[row].token_ids for row in rows], text_only)
+
+
+# ──────── sampling in this process ────────
+
+
+@torch.no_grad()
+def _sample_here(policy, prompts, group_size, sampling, seed, progress):
+    # In training mode with gradient checkpointing, transformers drops the cache.
     policy.eval()
     generator = torch.Generator(policy.device).manual_seed(seed)
-    chain = [SuppressTokensLogitsProcessor(policy.placeholder_ids, device=policy.device)]
-    if repetition_penalty != 1.0:
-        chain.append(RepetitionPenaltyLogitsProcessor(repetition_penalty))
-    if temperature not in (0, 1):
-        chain.append(TemperatureLogitsWarper(float(temperature)))
-    if top_k > 0:
-        chain.append(TopKLogitsWarper(top_k))
-    if top_p < 1:
-        chain.append(TopPLogitsWarper(top_p))
     prompts_at_once = max(1, SEQUENCES // group_size)
     completions = []
-    for start in tqdm(range(0, len(prompts), prompts_at_once), desc="generate", leave=False, disable=not progress):
-        completions += policy.run(_sample_chunk, policy, prompts[start:start + prompts_at_once], group_size,
-                                  LogitsProcessorList(chain), temperature == 0, max_new_tokens, generator)
+    for start in tqdm(range(0, len(prompts), prompts_at_once), desc="generate", leave=False,
+                      disable=not progress):
+        chunk = prompts[start:start + prompts_at_once]
+        completions += policy.call_gathered(_sample_chunk, policy, chunk, group_size, sampling,
+                                            generator)
     return completions
 
 
-def _sample_chunk(policy, prompts, group_size, processors, greedy, max_new_tokens, generator):
-    base, device = policy.base, policy.device
-    batch = policy.collate(prompts, [[]] * len(prompts)).to(device)  # with no completion T is 1, a column of padding
-    ids, attention_mask = batch.input_ids[:, :-1], batch.attention_mask[:, :-1]  # [P, prompt length]
-    output = base.model(input_ids=ids, attention_mask=attention_mask, position_ids=positions(attention_mask),
-                        use_cache=True, **batch.audio)  # every prompt once
+def _sample_chunk(policy, prompts, group_size, sampling, generator):
+    base, device, longest = policy.base, policy.device, sampling.max_new_tokens
+    processors = _processors(policy, sampling)
+    # Completions are empty, but collate makes them at least one token long: drop that padding.
+    batch = policy.collate(prompts, [[]] * len(prompts)).to(device)
+    ids, attention_mask = batch.input_ids[:, :-1], batch.attention_mask[:, :-1]  # [P, S]
+    output = base.model(input_ids=ids, attention_mask=attention_mask,
+                        position_ids=positions(attention_mask), use_cache=True, **batch.audio)
     cache = output.past_key_values
     cache.batch_repeat_interleave(group_size)
     hidden = output.last_hidden_state[:, -1].repeat_interleave(group_size, dim=0)  # [B, D], B = P·G
-    # The repetition penalty reads `ids`: padding must name no new token, so it repeats the row's first.
+    # The repetition penalty reads `ids`. Padding must not name a token that the prompt lacks, so
+    # it becomes the first token of its row.
     first = ids.gather(1, attention_mask.argmax(dim=1, keepdim=True))
-    ids = torch.where(attention_mask.bool(), ids, first).repeat_interleave(group_size, dim=0)
+    ids = torch.where(attention_mask.bool(), ids, first)
+    ids = ids.repeat_interleave(group_size, dim=0)  # [B, S]
     attention_mask = attention_mask.repeat_interleave(group_size, dim=0)
     eos = torch.tensor(policy.eos_ids, device=device)
 
-    rows = torch.arange(len(ids), device=device)  # rows: the completions still being written
-    tokens = torch.zeros(len(ids), max_new_tokens, dtype=torch.long, device=device)
-    logps = torch.zeros(len(ids), max_new_tokens, device=device)
-    lengths = torch.full((len(ids),), max_new_tokens, device=device)
+    rows = torch.arange(len(ids), device=device)  # the completions that are not finished
+    tokens = torch.zeros(len(ids), longest, dtype=torch.long, device=device)  # [B, T]
+    logps = torch.zeros(len(ids), longest, device=device)
+    lengths = torch.full((len(ids),), longest, device=device)
     stopped = torch.zeros(len(ids), dtype=torch.bool, device=device)
-    for t in range(max_new_tokens):
+    for t in range(longest):
         scores = processors(ids, base.lm_head(hidden).float())  # [rows, V]
         log_probs = scores.log_softmax(dim=-1)
-        token = scores.argmax(-1) if greedy else torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0]
+        if sampling.temperature == 0:
+            token = scores.argmax(-1)
+        else:
+            token = torch.multinomial(log_probs.exp(), 1, generator=generator)[:, 0]
         tokens[rows, t], logps[rows, t] = token, log_probs.gather(1, token[:, None])[:, 0]
         done = torch.isin(token, eos)
         lengths[rows[done]], stopped[rows[done]] = t + 1, True
-        if done.all() or t + 1 == max_new_tokens:
+        if done.all() or t + 1 == longest:
             break
         ids = torch.cat([ids, token[:, None]], dim=1)
         attention_mask = torch.cat([attention_mask, attention_mask.new_ones(len(ids), 1)], dim=1)
-        if done.any():  # finished rows leave the batch, and the cache
+        if done.any():  # finished rows leave the batch and the cache
             keep = (~done).nonzero()[:, 0]
             rows, ids, attention_mask = rows[keep], ids[keep], attention_mask[keep]
             cache.batch_select_indices(keep)
-        output = base.model(input_ids=ids[:, -1:], attention_mask=attention_mask, use_cache=True, past_key_values=cache,
-                            position_ids=positions(attention_mask)[:, -1:])
+        output = base.model(input_ids=ids[:, -1:], attention_mask=attention_mask, use_cache=True,
+                            position_ids=positions(attention_mask)[:, -1:], past_key_values=cache)
         hidden = output.last_hidden_state[:, -1]
-    tokens, logps, lengths, stopped = tokens.tolist(), logps.tolist(), lengths.tolist(), stopped.tolist()
-    return [Completion(tokens[i][:n], logps[i][:n], "stop" if stopped[i] else "length") for i, n in enumerate(lengths)]
+    columns = (tokens.tolist(), logps.tolist(), lengths.tolist(), stopped.tolist())
+    return [Completion(token_ids[:n], values[:n], "stop" if ended else "length")
+            for token_ids, values, n, ended in zip(*columns)]
 
 
-# ──────────────────────────────────────────────────── on a vLLM server ────────────────────────────────────────────────
+def _processors(policy, sampling):
+    """What the sampler does to the logits, in transformers' order."""
+    chain = [SuppressTokensLogitsProcessor(policy.placeholder_ids, device=policy.device)]
+    if sampling.repetition_penalty != 1.0:
+        chain.append(RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty))
+    if sampling.temperature not in (0, 1):
+        chain.append(TemperatureLogitsWarper(float(sampling.temperature)))
+    if sampling.top_k > 0:
+        chain.append(TopKLogitsWarper(sampling.top_k))
+    if sampling.top_p < 1:
+        chain.append(TopPLogitsWarper(sampling.top_p))
+    return LogitsProcessorList(chain)
 
 
-def _request(policy, prompt, body, seed):
-    """→ a function that makes the body of the chat completion: the clips are read when their turn comes."""
-    def make():
-        content = []
-        for part in conversation(prompt.question, True, prompt.instruction)[0]["content"]:
-            if part["type"] == "audio":
-                wav = io.BytesIO()  # the very samples of our encoder; as floats, for they are no 16-bit numbers
-                soundfile.write(wav, policy.clip(part["audio"]), SAMPLE_RATE, format="WAV", subtype="FLOAT")
-                part = {"type": "input_audio", "input_audio": {"data": base64.b64encode(wav.getvalue()).decode(),
-                                                               "format": "wav"}}
-            content.append(part)
-        # vLLM gives the G samples seed, seed + 1, …: a hash keeps those of different questions apart.
-        return {**body, "messages": [{"role": "user", "content": content}],
-                "seed": int.from_bytes(hashlib.sha256(seed.encode()).digest()[:6]), "logprobs": True,
-                "return_token_ids": True, "stop_token_ids": policy.eos_ids,
-                "logit_bias": {str(i): -100 for i in policy.placeholder_ids}}
-    return make
+# ──────── sampling on a vLLM server ────────
+
+
+def _request(policy, prompt, group_size, sampling, seed):
+    """The body of the chat completion that samples one group."""
+    content = []
+    for part in conversation(prompt.question, True, prompt.instruction)[0]["content"]:
+        if part["type"] == "audio":
+            # Exactly the samples that our encoder hears: 16 bits would round them.
+            wav = io.BytesIO()
+            soundfile.write(wav, policy.load_clip(part["audio"]), SAMPLE_RATE, format="WAV",
+                            subtype="FLOAT")
+            data = base64.b64encode(wav.getvalue()).decode()
+            part = {"type": "input_audio", "input_audio": {"data": data, "format": "wav"}}
+        content.append(part)
+    # vLLM samples a group with seed, seed + 1, …; hashing keeps the seeds of questions far apart.
+    seed = int.from_bytes(hashlib.sha256(seed.encode()).digest()[:6])
+    return {"messages": [{"role": "user", "content": content}], "n": group_size, "seed": seed,
+            "temperature": sampling.temperature, "top_k": sampling.top_k, "top_p": sampling.top_p,
+            "repetition_penalty": sampling.repetition_penalty,
+            "max_tokens": sampling.max_new_tokens, "stop_token_ids": policy.eos_ids,
+            "logit_bias": {str(i): -100 for i in policy.placeholder_ids},
+            "logprobs": True, "return_token_ids": True}
 
 
 def _read(answer, policy, prompt, group_size):
+    """The answer to a chat completion → the G Completions of its prompt.
+
+    Raises RolloutError if any of them is incomplete.
+    """
     try:
         return _group(answer, policy, prompt, group_size)
     except (LookupError, TypeError) as error:
-        raise RolloutError(f"question {prompt.question.id}: the server's answer lacks token ids or log-probs "
-                           f"({error!r}); vLLM 0.32 sends them") from error
+        raise RolloutError(f"question {prompt.question.id}: the server's answer lacks token ids or "
+                           f"log-probs ({error!r}); use vLLM 0.32, which sends them") from error
 
 
 def _group(answer, policy, prompt, group_size):
-    """The answer to a chat completion → the G Completions of its prompt. Raises RolloutError unless it is whole."""
-    question, ids = prompt.question.id, answer["prompt_token_ids"]
+    where, ids = f"question {prompt.question.id}", answer["prompt_token_ids"]
     if ids != prompt.ids:
-        at = next((i for i, (there, here) in enumerate(zip(ids, prompt.ids)) if there != here), "the end of one")
-        raise RolloutError(f"question {question}: the server's prompt has {len(ids)} tokens and the trainer's "
-                           f"{len(prompt.ids)}, different from {at} on; both must have the same tokenizer, chat "
-                           "template and processor files")
+        differs = (i for i, (there, here) in enumerate(zip(ids, prompt.ids)) if there != here)
+        at = next(differs, min(len(ids), len(prompt.ids)))
+        raise RolloutError(f"{where}: the server's prompt has {len(ids)} tokens, the trainer's has "
+                           f"{len(prompt.ids)}, and they differ from token {at} on; give both the "
+                           "same tokenizer, chat template and processor files")
     choices = sorted(answer["choices"], key=lambda choice: choice["index"])
     if len(choices) != group_size:
-        raise RolloutError(f"question {question}: the server sent {len(choices)} completions, {group_size} were asked "
-                           "for")
+        raise RolloutError(f"{where}: the server sent {len(choices)} completions instead of "
+                           f"{group_size}")
     group = []
     for choice in choices:
+        token_ids, reason = choice["token_ids"], choice["finish_reason"]
         logps = [token["logprob"] for token in choice["logprobs"]["content"]]
-        completion = Completion(choice["token_ids"], logps, choice["finish_reason"])
-        whole = {"stop": completion.token_ids[-1] in policy.eos_ids, "length": True}.get(completion.finish_reason)
-        if not whole or len(logps) != len(completion.token_ids) or not all(map(math.isfinite, logps)):
-            raise RolloutError(f"question {question}: the server sent {len(completion.token_ids)} tokens, {len(logps)} "
-                               f"log-probs and finish reason {completion.finish_reason!r}; not a whole completion")
-        group.append(completion)
+        complete = {"stop": token_ids[-1] in policy.eos_ids, "length": True}.get(reason, False)
+        if not complete or len(logps) != len(token_ids) or not all(map(math.isfinite, logps)):
+            raise RolloutError(f"{where}: the server sent {len(token_ids)} tokens, {len(logps)} "
+                               f"log-probs and finish reason {reason!r}; not a complete completion")
+        group.append(Completion(token_ids, logps, reason))
     return group
 
 
-def push_weights(server, policy, folder, version):
-    """Gives the server the policy's weights (LoRA merged) as `version`, a number that the server repeats on demand.
+# ──────── the policy's new weights ────────
 
-    Written under `folder` as a checkpoint of the original layout, renamed when whole, loaded while the server is
-    paused. A server that dies or hangs meanwhile starts again on the new weights. Of a sharded policy every rank calls
-    it; on ranks other than 0 `server` is None. Raises RolloutError.
+
+def push_weights(server, policy, folder, version):
+    """Gives the server the policy's weights (LoRA merged) under the number `version`.
+
+    They are written under `folder` as a checkpoint in the original layout, which is renamed when
+    complete; the server pauses while it loads them. If it dies or hangs meanwhile, it restarts on
+    the new weights. Every rank of a sharded policy makes this call; only rank 0 has a `server`, the
+    others pass None. Raises RolloutError.
     """
     folder = Path(folder).resolve()
     building, final = folder / f".version-{version}.writing", folder / f"version-{version}"
     if server is None:
-        policy.weights()
+        whole_weights(policy)
         return
     for leftover in (*folder.glob(".version-*.writing"), final):
         shutil.rmtree(leftover, ignore_errors=True)
-    policy.save(building)
+    save_policy(policy, building)
     building.rename(final)
     server.load(final, version)
     for older in folder.glob("version-*"):
@@ -229,325 +339,31 @@ def push_weights(server, policy, folder, version):
 
 
 @torch.no_grad()
-def check_push(server, policy, prompts, *, temperature, max_gap, seed, share=lambda value: value):
-    """→ mean |log π_server(y_t) − log π_θ(y_t)|, nats a token, on a short completion of each prompt.
+def check_push(server, policy, prompts, *, temperature, max_gap, seed,
+               broadcast=lambda value: value):
+    """mean |log π_server(y_t) − log π_θ(y_t)|, nats per token, on one short completion per prompt.
 
-    The server samples them from its whole distribution, the policy scores the same tokens. A server that answers 200 to
-    a push proves nothing: vLLM has reloaded wrong numbers without an error. Raises RolloutError above `max_gap`. Of a
-    sharded policy every rank calls it: `server` is None on the others, and `share` gives them rank 0's completions.
+    The server samples the completions from its whole distribution, and the policy scores the same
+    tokens. This is needed because a server that accepts a push may still hold wrong weights: vLLM
+    has reloaded wrong numbers without an error. Raises RolloutError if the mean exceeds `max_gap`.
+
+    Every rank of a sharded policy makes this call. Only rank 0 has a `server`, the others pass
+    None; `broadcast` (Team.broadcast) gives them rank 0's completions.  (ours)
     """
-    completions = share(None if server is None else
-                        sample(policy, prompts, 1, temperature=temperature, max_new_tokens=CHECK_TOKENS, seed=seed,
-                               server=server))
+    completions = None
+    if server is not None:
+        sampling = Sampling(temperature=temperature, max_new_tokens=CHECK_TOKENS)
+        completions = sample(policy, prompts, 1, sampling, seed=seed, server=server)
+    completions = broadcast(completions)
     policy.eval()
     batch = policy.collate(prompts, [c.token_ids for c in completions])
-    trainer = policy(batch, temperature).logp.cpu()[batch.completion_mask]
-    there = torch.tensor([logp for c in completions for logp in c.logps])
+    trainer = policy(batch, temperature).logp.cpu()[batch.completion_mask]  # [tokens]
+    there = torch.tensor([logp for c in completions for logp in c.logps])  # [tokens]
     gap = (there - trainer).abs().mean().item()
-    if not gap <= max_gap:  # NaN stops as well
-        raise RolloutError(f"weights of version {getattr(server, 'version', '?')}: the server's log-probs are "
-                           f"{gap:.3g} nats a token from the trainer's, more than {max_gap} (means: server "
-                           f"{there.mean():.4f}, trainer {trainer.mean():.4f}); it does not hold the policy's "
-                           "weights, or computes otherwise")
+    if not gap <= max_gap:  # also true for NaN
+        raise RolloutError(
+            f"weights of version {getattr(server, 'version', '?')}: the server's log-probs are "
+            f"{gap:.3g} nats per token from the trainer's, more than {max_gap} (means: server "
+            f"{there.mean():.4f}, trainer {trainer.mean():.4f}); the server does not hold the "
+            "policy's weights, or it computes differently")
     return gap
-
-
-# `sh` becomes the server. Beside it, in the same process group, a shell reads from a pipe that nobody writes to: when
-# the trainer is gone, however it went, the pipe ends, and the shell ends the group.
-GUARD = """exec 3<&0
-(trap '' TERM; read _ <&3; kill -TERM 0; sleep 5; kill -KILL 0) &
-exec "$@" </dev/null 3<&-"""
-
-
-class Server:
-    """A vLLM server: a subprocess (`python`: the interpreter of vLLM's environment), or one that runs at `url`.
-
-    folder: the checkpoint to serve; log: file of its output; flags: more of vLLM's, one string; clips: most clips in a
-    question; weights_change: False for a server that nobody pushes to (the checker); name: what requests call the
-    model. Used as a context manager, it starts on entry, loads while other work goes on, and is awaited by the first
-    request. Its process group ends with the block, and with this process, whatever ends it.
-
-    Every endpoint but /health needs the key: random bytes for a subprocess, VLLM_API_KEY for a url. Raises InputError
-    for an address other than loopback without a key; RolloutError when the server does not come up.
-    """
-
-    def __init__(self, folder, *, python=None, url=None, log=None, flags="", clips=1, weights_change=True,
-                 name="policy", host="127.0.0.1", key=None, restart=None):
-        self.folder, self.python, self.log, self.flags = folder, python, log, flags
-        self.url = url and url.rstrip("/")
-        self.clips, self.weights_change, self.name, self.host = clips, weights_change, name, host
-        self.key = key if key is not None else os.environ.get("VLLM_API_KEY", "") if url else secrets.token_hex(32)
-        self.restart = restart  # folder → url, of a server that another process keeps for us
-        if python and not log:
-            raise InputError("a vLLM server needs a log file: Server(…, log=PATH)")
-        if not self.key and not (url and _is_loopback(urlsplit(url).hostname)):
-            raise InputError(f"the vLLM server at {url or host} has no key, and its endpoints run methods by name: set "
-                             "VLLM_API_KEY, there and here")
-        self.ours = python is not None or restart is not None
-        self.trust_env = not self.ours  # http_proxy is for the servers of others; ours would get the key as well
-        self.version = 0 if self.ours else None  # of the weights: None until the first push to a server of others
-        self.deaths, self.process, self.ready, self.closed = 0, None, False, False
-
-    def __enter__(self):
-        if self.python:
-            config = json.loads((Path(self.folder) / "config.json").read_text())
-            dtypes = [c[name] for c in (config, config.get("thinker_config", {})) for name in ("dtype", "torch_dtype")
-                      if c.get(name)]
-            self.dtype = dtypes[0] if dtypes else "auto"  # that of the first folder: pushed weights may be wider
-            Path(self.log).unlink(missing_ok=True)
-            self._start()
-        return self
-
-    def __exit__(self, *_):
-        self.closed = True
-        self._stop()
-
-    # ── the process ──
-
-    def _start(self):
-        with socket.socket() as probe:
-            probe.bind((self.host, 0))
-            port = probe.getsockname()[1]
-        self.url, self.ready = f"http://{self.host}:{port}", False
-        command = [self.python, "-m", "vllm.entrypoints.openai.api_server", "--model", self.folder, "--host", self.host,
-                   "--port", port, "--served-model-name", self.name, "--dtype", self.dtype,
-                   "--generation-config", "vllm", "--middleware", "vllm_worker.RequireKey"]
-        if self.weights_change:
-            command += ["--logprobs-mode", "processed_logprobs", "--worker-extension-cls", "vllm_worker.WeightReload",
-                        "--limit-mm-per-prompt", json.dumps({"image": 0, "video": 0, "audio": self.clips}),
-                        "--mm-processor-cache-gb", "0", "--chat-template-content-format", "openai"]
-        environment = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1",
-                       "VLLM_NO_USAGE_STATS": "1", **os.environ, "VLLM_API_KEY": self.key,  # not on the command line
-                       "VLLM_SERVER_DEV_MODE": str(int(self.weights_change)),
-                       "PYTHONPATH": os.pathsep.join([str(Path(__file__).resolve().parent),
-                                                      *filter(None, [os.environ.get("PYTHONPATH")])])}
-        read_end, self.lifeline = os.pipe()
-        with open(self.log, "ab") as log:
-            self.log_start = log.tell()
-            self.process = subprocess.Popen(
-                ["sh", "-c", GUARD, "sh", *map(str, command), *shlex.split(self.flags)], stdin=read_end, stdout=log,
-                stderr=log, env=environment, start_new_session=True)
-        os.close(read_end)
-
-    def _stop(self):
-        """Ends the process group: SIGTERM to the server, which ends its own processes, then SIGKILL to all of them."""
-        if self.process is None:
-            return
-        self.process.terminate()
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(10)
-        with contextlib.suppress(ProcessLookupError):  # somebody has killed all of it, the guard as well
-            os.killpg(self.process.pid, signal.SIGKILL)  # while the guard lives, the number is not another group's
-        self.process.wait()
-        os.close(self.lifeline)
-        self.process = None
-
-    def wait(self):
-        """Until the server is healthy, and refuses who has no key. A first start that fails is an error; a later one
-        counts as a death."""
-        if self.ready:
-            return
-        until = time.monotonic() + START_SECONDS
-        while True:
-            if self.closed:
-                raise self._failure("is closed")
-            if self.process and self.process.poll() is not None:
-                what = f"ended with status {self.process.returncode} before it was ready"
-                if not self.deaths:
-                    raise self._failure(what)
-                self.recover(what)
-            if self.answers():
-                break
-            if time.monotonic() > until:
-                raise self._failure(f"was not healthy after {START_SECONDS} s")
-            time.sleep(0.5)
-        path = "/is_paused" if self.weights_change else "/v1/models"
-        if self.key and (status := httpx.get(self.url + path, timeout=30,
-                                           trust_env=self.trust_env).status_code) != 401:
-            raise self._failure(f"answers {path} without the key (HTTP {status}); start it with --middleware "
-                                "vllm_worker.RequireKey, VLLM_API_KEY and VLLM_SERVER_DEV_MODE=1")
-        self.ready = True
-        if self.ours and self.weights_change:
-            self._post("/update_weight_version", {"new_version": str(self.version)})
-
-    def raise_if_never_ready(self):
-        """For who keeps the server for another process, which awaits it: RolloutError when the first start fails."""
-        self.ready = self.ready or self.answers()
-        if not self.ready and self.process.poll() is not None:
-            raise self._failure(f"ended with status {self.process.returncode} before it was ready")
-
-    def answers(self):
-        """Is there somebody at the address?"""
-        try:
-            return httpx.get(f"{self.url}/health", timeout=5, trust_env=self.trust_env).status_code == 200
-        except httpx.TransportError:
-            return False
-
-    def _failure(self, what):
-        """The error that ends the run: what happened, the first exception in the server's log, the log's last lines."""
-        lines = []
-        if self.log and self.process:
-            lines = Path(self.log).read_bytes()[self.log_start:].decode(errors="replace").splitlines()
-            raised = [line for line in lines if re.search(r"(^|\] )[\w.]*(Error|Exception): ", line)]
-            lines = raised[:1] + lines[-10:]
-        return RolloutError("\n".join([f"the vLLM server at {self.url} {what}", *lines]))
-
-    def recover(self, fault):
-        """After a death or a hang: the server again, with the weights of the last push. Raises RolloutError when it has
-        died DEATHS times in a row, was not started here, or is being closed."""
-        self.deaths += 1
-        if self.closed or not self.ours or self.deaths >= DEATHS:
-            raise self._failure(f"{fault}, {self.deaths} in a row" if self.ours else str(fault))
-        print(f"the vLLM server {fault}: starting it again with weights of version {self.version}", flush=True)
-        if self.restart:
-            self.url, self.ready = self.restart(self.folder), False
-        else:
-            self.move_to(self.folder)
-
-    def move_to(self, folder):
-        """Ends the process, and starts another on `folder`."""
-        self.folder = folder
-        self._stop()
-        self._start()
-
-    # ── requests ──
-
-    def _headers(self):
-        return {"Authorization": f"Bearer {self.key}"} if self.key else {}
-
-    def _post(self, path, body=None, timeout=60, **parameters):
-        answer = httpx.post(self.url + path, json=body, params=parameters, headers=self._headers(), timeout=timeout,
-                            trust_env=self.trust_env)
-        if answer.status_code >= 500 and self.process:
-            with contextlib.suppress(subprocess.TimeoutExpired):  # a server whose engine is dead ends of itself
-                raise _Died(f"ended with status {self.process.wait(5)}")
-        if answer.status_code != 200:
-            raise self._failure(f"refused {path}: HTTP {answer.status_code}: {answer.text[:300]}")
-
-    def load(self, folder, version):
-        """Reloads the weights from a checkpoint folder; the server is paused meanwhile, and resumed if that fails."""
-        self.folder, self.version = folder, version
-        try:
-            self.wait()
-            self._post("/pause", mode="wait")
-            try:
-                self._post("/collective_rpc", reload_call(folder), timeout=PUSH_SECONDS)
-                self._post("/reset_prefix_cache")
-                self._post("/update_weight_version", {"new_version": str(version)})
-            finally:
-                self._post("/resume")
-        except (_Died, httpx.TransportError) as fault:
-            self.recover(f"died or hung during a push ({fault!r})")
-
-    def complete(self, requests, read, progress):
-        """The answers of chat completions, read(i, answer) → list each, in the order of `requests`, in one list. A
-        request: (id of the question, function that makes the body).
-
-        A request's answer counts whole or not at all, so that a group is never lost or doubled: what is missing when
-        the server dies is asked again of its successor.
-        """
-        groups = {}
-        with tqdm(desc="generate", unit=" tokens", leave=False, disable=not progress) as bar:
-            while len(groups) < len(requests):
-                try:
-                    self.wait()
-                    if self.weights_change:
-                        self._check_version()
-                    asyncio.run(self._ask([i for i in range(len(requests)) if i not in groups], requests, read, groups,
-                                          bar))
-                except (_Died, httpx.TransportError) as fault:
-                    self.recover(str(fault))
-        self.deaths = 0
-        return [completion for i in range(len(requests)) for completion in groups[i]]
-
-    def _check_version(self):
-        answer = httpx.get(f"{self.url}/weight_info", headers=self._headers(), timeout=60,
-                           trust_env=self.trust_env)
-        held = answer.json().get("weight_version") if answer.status_code == 200 else f"HTTP {answer.status_code}"
-        if str(held) != str(self.version):
-            raise self._failure(f"holds weights of version {held}, and {self.version} was pushed: was it started "
-                                "again, or does another run push to it?")
-
-    async def _ask(self, missing, requests, read, groups, bar):
-        slots, limits = asyncio.Semaphore(IN_FLIGHT), httpx.Limits(max_connections=IN_FLIGHT + 1)
-        async with httpx.AsyncClient(base_url=self.url, headers=self._headers(), limits=limits,
-                                     timeout=httpx.Timeout(60, read=None), trust_env=self.trust_env) as client:
-            async def one(i):
-                async with slots:
-                    question, body = requests[i]
-                    groups[i] = read(i, await self._chat(client, question, await asyncio.to_thread(body)))
-
-            watch, work = asyncio.create_task(self._watch(client, bar)), asyncio.gather(*map(one, missing))
-            try:
-                await asyncio.wait([watch, work], return_when=asyncio.FIRST_COMPLETED)
-                (work if work.done() else watch).result()  # raises the first fault
-            finally:
-                watch.cancel()
-                work.cancel()
-                await asyncio.gather(watch, work, return_exceptions=True)
-
-    async def _chat(self, client, question, body):
-        """One chat completion. Faults that may pass are tried again; ATTEMPTS of them in a row count as a death."""
-        attempts = tenacity.AsyncRetrying(retry=tenacity.retry_if_exception_type(_PassingFault), reraise=True,
-                                          stop=tenacity.stop_after_attempt(ATTEMPTS),
-                                          wait=tenacity.wait_random_exponential(multiplier=0.5, max=10))
-        try:
-            async for attempt in attempts:
-                with attempt:
-                    self._raise_if_dead()
-                    try:
-                        answer = await client.post("/v1/chat/completions", json={**body, "model": self.name})
-                    except httpx.TransportError as fault:
-                        raise _PassingFault(f"{type(fault).__name__} {fault}") from fault
-                    if answer.status_code in (408, 409, 429) or answer.status_code >= 500:
-                        raise _PassingFault(f"HTTP {answer.status_code}: {answer.text[:200]}")
-                    if answer.status_code != 200:
-                        raise self._failure(f"refused question {question}: HTTP {answer.status_code}: "
-                                            f"{answer.text[:300]}")
-                    try:
-                        return answer.json()
-                    except ValueError as fault:
-                        raise _PassingFault(f"no json: {answer.text[:200]}") from fault
-        except _PassingFault as fault:
-            raise _Died(f"gave no answer in {ATTEMPTS} attempts ({fault})") from fault
-
-    async def _watch(self, client, bar):
-        """Shows the tokens that the server makes; raises _Died when its process ends, or when it makes none."""
-        made, since = None, time.monotonic()
-        while True:
-            self._raise_if_dead()
-            try:
-                text = (await client.get("/metrics", timeout=5)).text
-                now = sum(map(float, re.findall(r"^vllm:generation_tokens_total\S* (\S+)$", text, re.M)))
-            except httpx.TransportError:
-                now = made  # no answer, no progress
-            if now != made:
-                bar.update(int(now - made) if made is not None else 0)
-                made, since = now, time.monotonic()
-            elif time.monotonic() - since > STALL_SECONDS:
-                raise _Died(f"made no token for {STALL_SECONDS} s")
-            await asyncio.sleep(1)
-
-    def _raise_if_dead(self):
-        process = self.process
-        if self.closed or process and process.poll() is not None:
-            raise _Died("is closed" if self.closed else f"ended with status {process.returncode}")
-
-
-def reload_call(folder):
-    """The body of the call that reloads the weights: vllm_worker.WeightReload.load_folder on every worker."""
-    return {"method": "load_folder", "args": [str(folder)], "timeout": PUSH_SECONDS}
-
-
-def _is_loopback(host):
-    with contextlib.suppress(ValueError):  # a name, no address
-        return ipaddress.ip_address(host).is_loopback
-    return host == "localhost"
-
-
-class _Died(Exception):
-    """The server has ended, or hangs."""
-
-
-class _PassingFault(Exception):
-    """A fault that may pass: worth another attempt."""

@@ -1,8 +1,9 @@
-"""How the benchmarks measure: every arm in a fresh process of its own, their repeats in turn, the median of each.
+"""How the benchmarks measure: each arm in a fresh process, rounds in turn, medians.
 
-A slow moment of the machine hits all arms, and what one arm allocates does not count for another. Peak memory is the
-process's largest resident set less what it was when the inputs stood; on CUDA the allocator's own peak. (The set is
-VmHWM of /proc: ru_maxrss survives exec, and would begin with the parent's.)
+Because the arms take turns, a slow moment of the machine affects all of them, and memory that one
+arm allocates does not count for another. Peak memory is what the process uses beyond its prepared
+inputs: the largest resident set, or on CUDA the peak of torch's allocator. (The resident set is
+VmHWM of /proc; ru_maxrss survives exec, so it would start at the parent's peak.)
 """
 
 import argparse
@@ -16,54 +17,33 @@ from pathlib import Path
 
 import torch
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
-
-
-def options(doc, rounds=2, device=True):
-    """Flags that the scripts share."""
-    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
-    parser.add_argument("--rounds", type=int, default=rounds, help="repeats of every arm")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    if device:
-        parser.add_argument("--device", default="cpu")
-        parser.add_argument("--dtype", default=None, help="float32 or bfloat16; by default those of the README")
-    return parser
-
-
-def machine(threads, *packages):
-    """One line: processor, threads, versions."""
-    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo") if line.startswith("model name")]
-    found = []
-    for package in ("torch", "transformers", *packages):
-        try:
-            found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
-            found.append(f"{package} absent")
-    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
-    return (f"{names[0] if names else platform.machine()}{gpu}, {threads} threads, Python {platform.python_version()}, "
-            f"{', '.join(found)}")
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # the scripts import the modules of the repository
 
 
 def compare(arms, prepare, rounds, threads, device="cpu", once=()):
-    """arms: names. prepare(name) is called in a fresh process and gives a function without arguments, which is called
-    once a round; those of `once` in the first alone. → name → (median of each number that it returns, peak bytes of its
-    first call).
+    """Runs every arm `rounds` times → name → (median of each number, peak bytes of the first run).
 
-    A function that returns None is timed; one that returns a dict of numbers has timed itself.
+    prepare(name) is called in a fresh process. It returns a function without arguments, which is
+    called once per round and then either timed (it returns None; the number is "seconds") or
+    trusted to measure itself (it returns a dict of numbers). Arms in `once` run in the first round
+    only.
     """
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["train"])  # imported once for all of them, where it is found; nothing has run in it
+    context.set_forkserver_preload(["train"])  # imports once for all arms, but runs nothing
     pipes, processes = {}, []
     for name in arms:
-        pipes[name], far = context.Pipe()
-        processes.append(context.Process(target=_serve, args=(far, prepare, name, threads, device), daemon=True))
+        pipes[name], far_end = context.Pipe()
+        processes.append(context.Process(
+            target=_run_arm, args=(far_end, prepare, name, threads, device), daemon=True))
         processes[-1].start()
-        far.close()
-    assert all(pipe.recv() for pipe in pipes.values())  # all stand before the first starts
+        far_end.close()
+    for pipe in pipes.values():
+        pipe.recv()  # all arms are prepared before the first one runs
     numbers, peaks = {name: [] for name in arms}, {}
-    for number in range(rounds):
+    for round_number in range(rounds):
         for name, pipe in pipes.items():
-            if number and name in once:
+            if round_number and name in once:
                 continue
             pipe.send("run")
             values, peak = pipe.recv()
@@ -73,14 +53,15 @@ def compare(arms, prepare, rounds, threads, device="cpu", once=()):
         pipe.send("end")
     for process in processes:
         process.join()
-    return {name: ({key: statistics.median(row[key] for row in rows) for key in rows[0]}, peaks[name])
-            for name, rows in numbers.items()}
+    return {name: ({key: statistics.median(row[key] for row in rows) for key in rows[0]},
+                   peaks[name]) for name, rows in numbers.items()}
 
 
-def _serve(pipe, prepare, name, threads, device):
+def _run_arm(pipe, prepare, name, threads, device):
+    """The process of one arm."""
     torch.set_num_threads(threads)
     function = prepare(name)
-    pipe.send(True)
+    pipe.send("prepared")
     while pipe.recv() == "run":
         if device == "cuda":
             torch.cuda.synchronize()
@@ -99,12 +80,40 @@ def memory(device):
     """Bytes: the largest resident set so far; on CUDA what is allocated now."""
     if device == "cuda":
         return torch.cuda.memory_allocated()
-    line = next(line for line in open("/proc/self/status") if line.startswith("VmHWM"))
-    return int(line.split()[1]) * 1024
+    status = Path("/proc/self/status").read_text()
+    return int(status.partition("VmHWM:")[2].split()[0]) * 1024
+
+
+def options(doc, rounds=2, device=True):
+    """The flags that the scripts share → argparse parser."""
+    parser = argparse.ArgumentParser(description=doc.split("\n")[0])
+    parser.add_argument("--rounds", type=int, default=rounds, help="runs of every arm")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    if device:
+        parser.add_argument("--device", default="cpu")
+        parser.add_argument("--dtype", default=None,
+                            help="float32 or bfloat16 (default: as in docs/benchmarks.md)")
+    return parser
+
+
+def machine(threads, *packages):
+    """One line: processor, threads, versions."""
+    names = [line.split(":")[1].strip() for line in open("/proc/cpuinfo")
+             if line.startswith("model name")]
+    versions = []
+    for package in ("torch", "transformers", *packages):
+        try:
+            versions.append(f"{package} {version(package)}")
+        except PackageNotFoundError:
+            versions.append(f"no {package}")
+    gpu = f", {torch.cuda.get_device_name()}" if torch.cuda.is_available() else ""
+    count = f"{threads} thread{'s' * (threads != 1)}"
+    return (f"{names[0] if names else platform.machine()}{gpu}, {count}, "
+            f"Python {platform.python_version()}, {', '.join(versions)}")
 
 
 def table(header, rows):
-    """Prints a markdown table."""
+    """Prints a Markdown table."""
     print("| " + " | ".join(map(str, header)) + " |\n" + "|---" * len(header) + "|")
     for row in rows:
         print("| " + " | ".join(map(str, row)) + " |")

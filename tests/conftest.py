@@ -1,4 +1,4 @@
-"""For every test: the repository root and this folder on the path, and one thread, as cores are shared."""
+"""For all tests: the folders to import from, and one thread, as the tests share the cores."""
 
 import sys
 from pathlib import Path
@@ -6,9 +6,11 @@ from pathlib import Path
 import torch
 from hypothesis import settings
 
-sys.path[:0] = [str(Path(__file__).resolve().parents[1]), str(Path(__file__).resolve().parent)]
+HERE = Path(__file__).resolve().parent
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "infra"), str(HERE.parent / "vllm_plugin")]
 torch.set_num_threads(1)
 
-# The same examples every time: a commit passes or fails. To look for new ones: pytest --hypothesis-profile=default
+# Use the same examples every time, so that a commit either passes or fails. To look for new ones:
+# pytest --hypothesis-profile=default
 settings.register_profile("fixed", derandomize=True)
 settings.load_profile("fixed")

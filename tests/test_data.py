@@ -1,4 +1,4 @@
-"""data.py: what is read, and every mistake in a file with the line that names it."""
+"""data.py: what is read from files, and that every mistake gets one line that names its place."""
 
 import json
 import re
@@ -7,69 +7,78 @@ import numpy as np
 import pytest
 import soundfile
 
-from data import InputError, Question, conversation, load_audio, read_avqa, read_questions
+from data import (InputError, Question, continue_log, conversation, json_lines, load_audio,
+                  read_avqa, read_questions)
 
-ROW = {"id": "q1", "audio": "clips/a.wav", "question": "What barks?", "choices": ["a dog", "a seal"], "answer": "a dog"}
-AVQA = {"id": 183, "question_text": "What is in the video?", "multi_choice": ["a dog", "a seal", "a bell"], "answer": 1,
-        "question_type": "Come From", "audio_path": "clips/a.wav"}
+ROW = {"id": "q1", "audio": "clips/a.wav", "question": "What barks?",
+       "choices": ["a dog", "a seal"], "answer": "a dog"}
+AVQA = {"id": 183, "question_text": "What is in the video?", "answer": 1,
+        "multi_choice": ["a dog", "a seal", "a bell"], "question_type": "Come From",
+        "audio_path": "clips/a.wav"}
 
 
 @pytest.fixture
 def folder(tmp_path):
-    """A folder with two sound clips, an empty one, one with a NaN and one that is no audio."""
+    """A folder with two sound clips, an empty one, clips with NaN, and files that are not audio."""
     clips = tmp_path / "clips"
     clips.mkdir()
     tone = np.sin(np.arange(1600) / 5).astype(np.float32) / 2
     soundfile.write(clips / "a.wav", tone, 16000)
     soundfile.write(clips / "b.flac", tone, 16000)
     soundfile.write(clips / "empty.wav", tone[:0], 16000)
-    for name, subtype in (("nan.wav", "FLOAT"), ("nan64.wav", "DOUBLE")):
-        soundfile.write(clips / name, np.where(np.arange(1600) == 700, np.nan, tone), 16000, subtype=subtype)
-    soundfile.write(clips / "inf.wav", np.where(np.arange(1600) == 1599, np.inf, tone), 16000, subtype="FLOAT")
+    with_nan = np.where(np.arange(1600) == 700, np.nan, tone)
+    soundfile.write(clips / "nan.wav", with_nan, 16000, subtype="FLOAT")
+    soundfile.write(clips / "nan64.wav", with_nan, 16000, subtype="DOUBLE")
+    with_inf = np.where(np.arange(1600) == 1599, np.inf, tone)
+    soundfile.write(clips / "inf.wav", with_inf, 16000, subtype="FLOAT")
     soundfile.write(clips / "float.wav", tone, 16000, subtype="FLOAT")
-    (clips / "text.wav").write_text("this is no audio")
+    (clips / "text.wav").write_text("this is not audio")
     (clips / "cut.flac").write_bytes((clips / "b.flac").read_bytes()[:20])
     return tmp_path
 
 
 def lines(folder, *rows):
-    """A jsonl file of the rows; a string is written as it is."""
+    """A jsonl file of the rows. A string is written as it is."""
     path = folder / "questions.jsonl"
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row)) + "\n" for row in rows))
+    texts = [row if isinstance(row, str) else json.dumps(row) for row in rows]
+    path.write_text("".join(text + "\n" for text in texts))
     return path
 
 
 def error_of(call, *args):
-    """The message of the InputError that the call raises; it has to be one line."""
+    """The message of the InputError that the call raises. It must be one line."""
     with pytest.raises(InputError) as error:
         call(*args)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-# ──────────────────────────────────────────────────────── questions ───────────────────────────────────────────────────
+# ──────── questions ────────
 
 
 def test_read_questions(folder):
-    """Two rows, one with several clips and a domain; blank lines do not count as questions, but do as lines."""
-    path = lines(folder, ROW, "", {**ROW, "id": "q2", "audio": ["clips/a.wav", "clips/b.flac"], "answer": "a seal",
-                                   "domain": "nature", "more": 1})
-    clips = folder / "clips"
+    """Two rows, one with several clips and a domain, and a blank line between them."""
+    path = lines(folder, ROW, "", {**ROW, "id": "q2", "audio": ["clips/a.wav", "clips/b.flac"],
+                                   "answer": "a seal", "domain": "nature", "more": 1})
+    one, two = folder / "clips" / "a.wav", folder / "clips" / "b.flac"
+    choices = ("a dog", "a seal")
     assert read_questions(path) == [
-        Question("q1", (clips / "a.wav",), "What barks?", ("a dog", "a seal"), "a dog", ""),
-        Question("q2", (clips / "a.wav", clips / "b.flac"), "What barks?", ("a dog", "a seal"), "a seal", "nature")]
+        Question("q1", (one,), "What barks?", choices, "a dog", ""),
+        Question("q2", (one, two), "What barks?", choices, "a seal", "nature")]
 
 
 def test_paths_are_relative_to_the_file(folder, monkeypatch):
-    """Not to the working folder; absolute ones stay, and float files without NaN are fine."""
+    """Not to the working folder. Absolute paths remain, and float files without NaN are fine."""
     monkeypatch.chdir("/")
-    path = lines(folder, {**ROW, "audio": [str(folder / "clips" / "float.wav"), "clips/a.wav"]})
-    assert read_questions(str(path))[0].audio == (folder / "clips" / "float.wav", folder / "clips" / "a.wav")
+    clips = folder / "clips"
+    path = lines(folder, {**ROW, "audio": [str(clips / "float.wav"), "clips/a.wav"]})
+    assert read_questions(str(path))[0].audio == (clips / "float.wav", clips / "a.wav")
 
 
 def test_unicode(folder):
-    """Text outside ASCII, as utf-8 and as json escapes, whatever the locale says."""
-    row = {**ROW, "question": "Was hört man? 何の音?", "choices": ["ein Kauz 🦉", "é"], "answer": "é"}
+    """Text outside ASCII reads the same from UTF-8 and from json escapes."""
+    row = {**ROW, "question": "Was hört man? 何の音?", "choices": ["ein Kauz 🦉", "é"],
+           "answer": "é"}
     path = lines(folder, json.dumps(row, ensure_ascii=True))
     escaped = read_questions(path)
     path.write_text(json.dumps(row, ensure_ascii=False), encoding="utf-8")
@@ -105,7 +114,7 @@ def test_unicode(folder):
     ({"domain": 4}, "field 'domain' is 4"),
 ])
 def test_mistakes_in_a_row(folder, change, part):
-    """Every mistake is one line with the file; it stands in line 3, after a good row and a blank one."""
+    """The error names line 3: the mistake comes after a good row and a blank line."""
     path = lines(folder, ROW, "", {**ROW, "id": "q3", **change})
     message = error_of(read_questions, path)
     assert part in message
@@ -113,34 +122,36 @@ def test_mistakes_in_a_row(folder, change, part):
         assert message.startswith(f"{path}:3: ")
 
 
-def test_mistake_in_the_samples_names_the_line(folder):
-    """A NaN in a clip, too, is reported with the line of the jsonl file."""
+def test_mistakes_in_the_samples_name_the_line(folder):
+    """A NaN in a clip is reported with the line of the jsonl file, too."""
     path = lines(folder, ROW, {**ROW, "id": "q2", "audio": "clips/nan.wav"})
     assert error_of(read_questions, path).startswith(f"{path}:2: ")
 
 
 @pytest.mark.parametrize("missing", list(ROW))
 def test_missing_fields(folder, missing):
-    """Fields but `domain` cannot be left out."""
+    """Only `domain` may be left out."""
     path = lines(folder, {key: value for key, value in ROW.items() if key != missing})
     assert error_of(read_questions, path).startswith(f"{path}:1: field '{missing}' is None")
 
 
 @pytest.mark.parametrize("reader", [read_questions, read_avqa])
 @pytest.mark.parametrize("line, part", [
-    ('{"id": "q2"', "not valid json"), ("[1, 2]", "a list, not a json object"), ('"q"', "a str, not"),
-    ("null", "a NoneType, not"), ("what?", "not valid json")])
+    ('{"id": "q2"', "not valid json"), ("[1, 2]", "a list, not a json object"),
+    ('"q"', "a str, not"), ("null", "a NoneType, not"), ("what?", "not valid json")])
 def test_mistakes_in_a_line(folder, reader, line, part):
-    """Lines that are not a json object, named by number."""
+    """A line that is not a json object is named by its number."""
     path = lines(folder, "", ROW if reader is read_questions else AVQA, line)
     message = error_of(reader, path)
     assert message.startswith(f"{path}:3: ") and part in message
 
 
 def test_mistakes_in_the_file(folder):
-    """Missing, empty or blank files, a folder in the place of a file, and ids that repeat, with both lines."""
-    assert error_of(read_questions, folder / "none.jsonl").startswith(f"{folder / 'none.jsonl'}: no such file")
-    assert "no such file" in error_of(read_questions, folder) and "no such file" in error_of(read_avqa, folder)
+    """Missing, empty and blank files, a folder instead of a file, and repeated ids."""
+    missing = folder / "none.jsonl"
+    assert error_of(read_questions, missing).startswith(f"{missing}: no such file")
+    for reader in (read_questions, read_avqa):
+        assert "no such file" in error_of(reader, folder)
     for path in (lines(folder), lines(folder, "", "  ")):
         assert error_of(read_questions, path).startswith(f"{path}: no question")
         assert error_of(read_avqa, path).startswith(f"{path}: no question")
@@ -149,45 +160,77 @@ def test_mistakes_in_the_file(folder):
     assert message.startswith(f"{path}:4: id 'q1'") and "line 1" in message
 
 
-# ──────────────────────────────────────────────────────────── AVQA ────────────────────────────────────────────────────
+# ──────── AVQA ────────
 
 
 def test_read_avqa(folder):
-    """The index becomes the option, the video the audio, the type (where there is one) the domain."""
+    """The index becomes the option, "video" becomes "audio", the type, if any, the domain."""
     row = {key: value for key, value in AVQA.items() if key != "question_type"}
-    path = lines(folder, AVQA, {**row, "id": "x", "question_text": "Video: which of the videos?", "answer": 0})
+    path = lines(folder, AVQA, {**row, "id": "x", "answer": 0,
+                                "question_text": "Video: which of the videos?"})
     clip = folder / "clips" / "a.wav"
     choices = ("a dog", "a seal", "a bell")
-    assert read_avqa(path) == [Question("183", (clip,), "What is in the audio?", choices, "a seal", "Come From"),
-                               Question("x", (clip,), "Audio: which of the audios?", choices, "a dog", "")]
+    assert read_avqa(path) == [
+        Question("183", (clip,), "What is in the audio?", choices, "a seal", "Come From"),
+        Question("x", (clip,), "Audio: which of the audios?", choices, "a dog", "")]
 
 
 def test_read_avqa_with_audio_elsewhere(folder, tmp_path_factory):
-    """audio_root is where the paths begin."""
+    """Paths are relative to audio_root."""
     path = lines(tmp_path_factory.mktemp("rows"), AVQA)
     assert "does not exist" in error_of(read_avqa, path)
-    assert read_avqa(path, folder)[0].audio == read_avqa(path, str(folder))[0].audio == (folder / "clips" / "a.wav",)
+    for audio_root in (folder, str(folder)):
+        assert read_avqa(path, audio_root)[0].audio == (folder / "clips" / "a.wav",)
 
 
 @pytest.mark.parametrize("change, part", [
-    ({"id": 183}, "id '183' stands in line 1"), ({"id": ""}, "field 'id' is ''"),
+    ({"id": 183}, "id '183' is already used in line 1"), ({"id": ""}, "field 'id' is ''"),
     ({"question_type": 5}, "field 'domain' is 5"),
-    ({"answer": 3}, "answer 3 is no index into the 3 options"), ({"answer": -1}, "answer -1 is no index"),
-    ({"answer": "a dog"}, "field 'answer' is 'a dog'"), ({"answer": True}, "field 'answer' is True"),
+    ({"answer": 3}, "answer 3 is not an index into the 3 options"),
+    ({"answer": -1}, "answer -1 is not an index"),
+    ({"answer": "a dog"}, "field 'answer' is 'a dog'"),
+    ({"answer": True}, "field 'answer' is True"),
     ({"question_text": None}, "field 'question_text' is None"),
     ({"multi_choice": "abc"}, "field 'multi_choice' is 'abc'"),
     ({"multi_choice": ["x"], "answer": 0}, "at least two"),
     ({"multi_choice": ["x", "x"], "answer": 0}, "an option twice"),
-    ({"audio_path": 4}, "field 'audio_path' is 4"), ({"audio_path": "clips/b.wav"}, "does not exist"),
+    ({"audio_path": 4}, "field 'audio_path' is 4"),
+    ({"audio_path": "clips/b.wav"}, "does not exist"),
     ({"audio_path": "clips/text.wav"}, "cannot be read as audio")])
 def test_mistakes_in_an_avqa_row(folder, change, part):
-    """As in a row of ours: file and line, and what is wrong."""
+    """The error names the file, the line and the field."""
     path = lines(folder, AVQA, {**AVQA, "id": 184, **change})
     message = error_of(read_avqa, path)
     assert message.startswith(f"{path}:2: ") and part in message
 
 
-# ──────────────────────────────────────────────────────────── audio ───────────────────────────────────────────────────
+# ──────── json lines ────────
+
+
+def test_json_lines_end_at_line_feeds(tmp_path):
+    """A text may contain U+2028 or U+0085. Blank lines count. The last line may lack its end."""
+    rows = [{"text": "one\u2028two\x85three"}, {"text": "four"}]
+    first, second = (json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / "a.jsonl").write_text(f"{first}\n\n{second}", encoding="utf-8", newline="")
+    assert list(json_lines(tmp_path / "a.jsonl")) == [(1, rows[0]), (3, rows[1])]
+    assert error_of(list, json_lines(tmp_path / "none.jsonl")).startswith(
+        f"{tmp_path / 'none.jsonl'}: no such file")
+
+
+@pytest.mark.parametrize("end", [b"", b'{"step": 3, "te', b'{"step": 3}'])
+def test_continue_log(tmp_path, end):
+    """A last line without its line end was cut off with its process, and is removed."""
+    path = tmp_path / "log.jsonl"
+    assert continue_log(path) == []
+    whole = b'{"step": 1}\n{"step": 2, "text": "\xe2\x80\xa8"}\n'
+    path.write_bytes(whole + end)
+    assert continue_log(path) == [{"step": 1}, {"step": 2, "text": "\u2028"}]
+    assert path.read_bytes() == whole
+    path.write_bytes(b"[]\n" + end)
+    assert error_of(continue_log, path).startswith(f"{path}:1: a list, not a json object")
+
+
+# ──────── audio ────────
 
 
 def frequency(samples):
@@ -196,24 +239,26 @@ def frequency(samples):
 
 
 def test_load_audio_keeps_16_khz_mono_as_it_is(tmp_path):
-    """float32, one axis, the samples of the file."""
+    """float32, one axis, the file's own samples."""
     samples = np.random.default_rng(0).uniform(-0.9, 0.9, 3001).astype(np.float32)
     soundfile.write(tmp_path / "a.wav", samples, 16000, subtype="FLOAT")
     loaded = load_audio(tmp_path / "a.wav")
-    assert loaded.dtype == np.float32 and loaded.shape == (3001,) and np.abs(loaded - samples).max() < 1e-6
+    assert loaded.dtype == np.float32 and loaded.shape == (3001,)
+    assert np.abs(loaded - samples).max() < 1e-6
 
 
 def test_load_audio_averages_channels(tmp_path):
-    """Stereo and four channels to their mean, not to a sum or the first."""
+    """Two and four channels become their mean, not their sum or the first."""
     samples = np.random.default_rng(0).uniform(-0.9, 0.9, (1000, 4)).astype(np.float32)
     for channels in (2, 4):
         soundfile.write(tmp_path / "a.wav", samples[:, :channels], 16000, subtype="FLOAT")
-        assert np.abs(load_audio(tmp_path / "a.wav") - samples[:, :channels].mean(axis=1)).max() < 1e-6
+        mean = samples[:, :channels].mean(axis=1)
+        assert np.abs(load_audio(tmp_path / "a.wav") - mean).max() < 1e-6
 
 
 @pytest.mark.parametrize("rate", [8000, 22050, 44100, 48000])
 def test_load_audio_resamples(tmp_path, rate):
-    """Another rate: the length in seconds, the frequency and the loudness of a tone stay; nothing aliases."""
+    """A tone keeps its seconds, frequency and loudness; too high a tone does not alias."""
     t = np.arange(int(1.5 * rate)) / rate
     soundfile.write(tmp_path / "a.wav", 0.5 * np.sin(2 * np.pi * 1234 * t), rate)
     loaded = load_audio(tmp_path / "a.wav")
@@ -227,7 +272,7 @@ def test_load_audio_resamples(tmp_path, rate):
 
 @pytest.mark.parametrize("suffix", ["flac", "ogg", "mp3"])
 def test_load_audio_formats(tmp_path, suffix):
-    """Compressed files read as the tone they hold."""
+    """Compressed files give the tone that they hold."""
     t = np.arange(44100) / 44100
     soundfile.write(tmp_path / f"a.{suffix}", 0.5 * np.sin(2 * np.pi * 700 * t), 44100)
     loaded = load_audio(tmp_path / f"a.{suffix}")
@@ -235,20 +280,22 @@ def test_load_audio_formats(tmp_path, suffix):
 
 
 def test_load_audio_refuses(folder):
-    """Broken, empty and NaN files, by name, also where no question is read."""
+    """Broken, empty and NaN files. The error names the file."""
     for name, part in (("text.wav", "cannot be read"), ("empty.wav", "empty"), ("nan.wav", "NaN"),
                        ("inf.wav", "infinite"), ("none.wav", "cannot be read")):
-        message = error_of(load_audio, folder / "clips" / name)
-        assert message.startswith(f"{folder / 'clips' / name}: ") and part in message
+        path = folder / "clips" / name
+        assert re.match(f"{re.escape(str(path))}: .*{part}", error_of(load_audio, path))
 
 
-# ─────────────────────────────────────────────────────────── prompt ───────────────────────────────────────────────────
+# ──────── prompt ────────
 
 
 def test_conversation():
-    """One user turn: the clips first, then the question with its options by letter. No system prompt."""
-    question = Question("q", ("a.wav", "b.wav"), "Which is louder?", ("the first", "the second", "both"), "both")
-    words = "Which is louder?\nChoose one of these options:\nA. the first\nB. the second\nC. both"
+    """One user turn: the clips, then the question with lettered options. No system prompt."""
+    choices = ("the first", "the second", "both")
+    question = Question("q", ("a.wav", "b.wav"), "Which is louder?", choices, "both")
+    words = ("Which is louder?\nChoose one of these options:\n"
+             "A. the first\nB. the second\nC. both")
     text = {"type": "text", "text": words}
     assert conversation(question) == [{"role": "user", "content": [
         {"type": "audio", "audio": "a.wav"}, {"type": "audio", "audio": "b.wav"}, text]}]
@@ -259,9 +306,11 @@ def test_conversation():
 
 
 def test_conversation_names_26_options_and_hides_the_answer():
-    """Letters A to Z; which option is right cannot be read off the prompt."""
+    """Letters A to Z. The prompt does not depend on which option is right."""
     choices = tuple(f"option {i}" for i in range(26))
-    prompts = [conversation(Question("q", ("a.wav",), "Which?", choices, answer)) for answer in choices]
+    prompts = [conversation(Question("q", ("a.wav",), "Which?", choices, answer))
+               for answer in choices]
     assert all(prompt == prompts[0] for prompt in prompts)
-    assert re.findall(r"^([A-Z])\. option (\d+)$", prompts[0][0]["content"][1]["text"], re.M) == [
+    text = prompts[0][0]["content"][1]["text"]
+    assert re.findall(r"^([A-Z])\. option (\d+)$", text, re.M) == [
         (chr(65 + i), str(i)) for i in range(26)]

@@ -1,51 +1,48 @@
-"""model.py against plain attention and whole logits, one completion at a time and without padding.
+"""model.py against plain attention and whole logits, one completion at a time, without padding.
 
-The reference is the same transformers model with an attention function that forms all of softmax(q·kᵀ/√d) in the
-inputs' own precision under its own causal mask. It reads one question alone: a prompt string written out below,
-features straight from the extractor, the model's own positions, no padding anywhere. (transformers' eager attention
-will not do: its softmax is float32, and left-padded rows are NaN in float64.) It shares the model's layers with the
-code under test.
+The reference is the same transformers model with another attention function. That function forms
+all of softmax(q·kᵀ/√d) in float64 under a causal mask of its own. It reads one question alone: the
+prompt is a string written out below, the features come straight from the extractor, the positions
+are the model's own, and nothing is padded. (The eager attention of transformers does not serve: its
+softmax is float32, and left-padded rows are NaN in float64.) The reference shares the layers of the
+model with the code under test.
 """
 
 import copy
 import dataclasses
 import gc
-import json
-import os
 import random
-import shutil
 import string
 from functools import partial
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
-import safetensors.torch
 import soundfile
 import tiny
 import torch
-from transformers import (AttentionInterface, Qwen2Config, Qwen2ForCausalLM, Qwen3OmniMoeConfig,
-                          Qwen3OmniMoeForConditionalGeneration)
+from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mapo
-import model as module
-from data import InputError, Question
+import model
+from data import InputError, Question, audio_token_count
 
-BUILD = {"qwen3_omni": partial(tiny.qwen3_omni, experts="eager"), "qwen2_5_omni": tiny.qwen2_5_omni,
-         "qwen2_audio": tiny.qwen2_audio}
-LAYERS = (0, 2)  # L_tgt of most tests: not the last layers in a row, so that a mix-up of layers shows
+BUILD = {"qwen3_omni": partial(tiny.qwen3_omni, experts="eager"),
+         "qwen2_5_omni": tiny.qwen2_5_omni, "qwen2_audio": tiny.qwen2_audio}
+LAYERS = (0, 2)  # L_tgt of most tests; with a gap, so that swapped layers show
 CLOSE = 1e-12  # largest difference over the largest value, float64
 
-# ───────────────────────────────────────────────────── the reference ──────────────────────────────────────────────────
+# ──────── the reference ────────
 
 
 def plain_attention(module, query, key, value, attention_mask, **kwargs):
-    """softmax(q·kᵀ/√d + causal)·v with every weight formed and returned; made for rows without padding."""
+    """softmax(q·kᵀ/√d + causal mask)·v, with all weights returned; for rows without padding."""
     repeats, length = query.shape[1] // key.shape[1], query.shape[2]
-    key, value = key.repeat_interleave(repeats, dim=1), value.repeat_interleave(repeats, dim=1)
+    key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     scores = query @ key.transpose(-1, -2) / query.shape[-1] ** 0.5
-    weights = (scores + torch.full((length, length), float("-inf")).triu(1)).softmax(dim=-1)
+    causal = torch.full((length, length), float("-inf")).triu(1)
+    weights = (scores + causal).softmax(dim=-1)
     return (weights @ value).transpose(1, 2).contiguous(), weights
 
 
@@ -53,16 +50,16 @@ AttentionInterface.register("plain", plain_attention)
 
 
 def with_plain_attention(policy):
-    """A copy of the policy's transformers model whose decoder has plain_attention."""
-    model = copy.deepcopy(policy.base)
-    model.set_attn_implementation({"text_config": "plain"})
+    """A copy of the policy's transformers model whose decoder uses plain_attention."""
+    network = copy.deepcopy(policy.base)
+    network.set_attn_implementation({"text_config": "plain"})
     assert policy.base.config.get_text_config()._attn_implementation == "audio_mass"
-    return model
+    return network
 
 
 def audio_tokens(kind, frames):
-    """Audio tokens of one clip, by walking through the encoder's layers."""
-    def strided(n):  # convolution, kernel 3, stride 2, padding 1
+    """The number of audio tokens of one clip, layer by layer through the encoder."""
+    def strided(n):  # a convolution with kernel 3, stride 2, padding 1
         return (n - 1) // 2 + 1
     if kind == "qwen3_omni":  # three of them, on chunks of a second
         chunks = [100] * (frames // 100) + [frames % 100] * (frames % 100 > 0)
@@ -71,48 +68,51 @@ def audio_tokens(kind, frames):
 
 
 def frame_count(kind, samples):
-    """10 ms each; a frame begun counts where the clip is padded to 30 s, as in the family's processor."""
+    """Frames of 10 ms. Qwen2-Audio pads clips to 30 s, and counts a frame that has only begun."""
     return -(-len(samples) // 160) if kind == "qwen2_audio" else len(samples) // 160
 
 
 def prompt_text(question, tokens=(), instruction=""):
-    """The prompt that TEMPLATE and conversation() should come to, written out; `tokens` audio tokens in each clip."""
+    """What the chat template should render, written out, with `tokens` placeholders per clip."""
     clips = "".join("<|audio_start|>" + "<|audio_pad|>" * n + "<|audio_end|>" for n in tokens)
-    options = "".join(f"\n{letter}. {choice}" for letter, choice in zip(string.ascii_uppercase, question.choices))
-    return (f"<|im_start|>user\n{clips}{question.question}\nChoose one of these options:{options}{instruction}"
-            "<|im_end|>\n<|im_start|>assistant\n")
+    options = "".join(f"\n{letter}. {choice}"
+                      for letter, choice in zip(string.ascii_uppercase, question.choices))
+    return (f"<|im_start|>user\n{clips}{question.question}\nChoose one of these options:{options}"
+            f"{instruction}<|im_end|>\n<|im_start|>assistant\n")
 
 
 def samples_of(kind, path):
-    """The clip as its encoder gets it: Qwen3-Omni's with silence up to one second, and to a whole frame of 10 ms."""
+    """The clip as its encoder hears it: Qwen3-Omni's padded to a second, and to whole frames."""
     clip = soundfile.read(path, dtype="float32")[0]
-    wanted = max(16000, (len(clip) + 159) // 160 * 160) if kind == "qwen3_omni" else len(clip)
-    return np.concatenate([clip, np.zeros(wanted - len(clip), np.float32)])
+    length = max(16000, (len(clip) + 159) // 160 * 160) if kind == "qwen3_omni" else len(clip)
+    return np.concatenate([clip, np.zeros(length - len(clip), np.float32)])
 
 
 def inputs_alone(kind, policy, question, with_audio=True):
-    """(prompt ids, keyword arguments of the audio) of one question, from the files and the extractor."""
+    """→ (prompt ids, the forward's audio arguments) of one question, without policy.encode."""
     if not with_audio:
         return policy.tokenizer(prompt_text(question))["input_ids"], {}
     clips = [samples_of(kind, path) for path in question.audio]
     frames = [frame_count(kind, clip) for clip in clips]
     padding = "max_length" if kind == "qwen2_audio" else "longest"
-    features = [torch.from_numpy(policy.feature_extractor(clip, sampling_rate=16000, padding=padding, truncation=False,
-                                                          return_tensors="np")["input_features"][0]) for clip in clips]
+    features = [torch.from_numpy(policy.feature_extractor(
+        clip, sampling_rate=16000, padding=padding, truncation=False,
+        return_tensors="np")["input_features"][0]) for clip in clips]  # [mel bins, F] each
     longest = max(f.shape[1] for f in features)
-    padded = torch.zeros(len(clips), 128, longest)
+    padded = torch.zeros(len(clips), len(features[0]), longest)
     mask = torch.zeros(len(clips), longest, dtype=torch.long)
     for i, (f, n) in enumerate(zip(features, frames)):
         padded[i, :, :f.shape[1]], mask[i, :n] = f, 1
-    ids = policy.tokenizer(prompt_text(question, [audio_tokens(kind, n) for n in frames]))["input_ids"]
-    return ids, {"input_features": padded, "feature_attention_mask": mask}
+    text = prompt_text(question, [audio_tokens(kind, n) for n in frames])
+    return policy.tokenizer(text)["input_ids"], {"input_features": padded,
+                                                 "feature_attention_mask": mask}
 
 
-def alone(model, ids, audio, completion, temperature=1.0, layers=(), audio_id=None):
-    """(log-probs [T], entropies [T], audio mass [L, H, T]) of a completion after a prompt, everything formed whole."""
+def alone(network, ids, audio, completion, temperature=1.0, layers=(), audio_id=None):
+    """→ (log π [T], entropies [T], masses [L, H, T]) of one completion, from whole tensors."""
     row = torch.tensor([ids + completion])
-    output = model(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False, output_attentions=bool(layers),
-                   **audio)
+    output = network(input_ids=row, attention_mask=torch.ones_like(row), use_cache=False,
+                     output_attentions=bool(layers), **audio)
     predicting = range(len(ids) - 1, len(ids) + len(completion) - 1)
     log_probs = (output.logits[0, predicting] / temperature).log_softmax(dim=-1)
     logp = torch.stack([log_probs[t, token] for t, token in enumerate(completion)])
@@ -129,18 +129,41 @@ def difference(actual, expected):
     return float((actual - expected).abs().max() / expected.abs().max().clamp(min=1e-300))
 
 
-def roughen(model, seed=0):
-    """Biases and norms start at 0 and 1, where much goes unseen: moves them away."""
+def gradients(network, value):
+    """Gradient of `value` by parameter name; zeros where there is none."""
+    named = {name: p for name, p in network.named_parameters() if p.requires_grad}
+    found = torch.autograd.grad(value, list(named.values()), allow_unused=True, retain_graph=True)
+    return {name: torch.zeros_like(p) if g is None else g
+            for (name, p), g in zip(named.items(), found)}
+
+
+# ──────── models and questions ────────
+
+
+def roughen(network, seed=0):
+    """Moves biases away from 0 and norms away from 1, where mistakes would not show."""
     generator = torch.Generator().manual_seed(seed)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in network.parameters():
             if parameter.dim() == 1:
                 parameter += 0.2 * torch.randn(parameter.shape, generator=generator)
 
 
+def make_family(kind, folder):
+    """A tiny model in float64, its copy with plain attention, three questions.
+
+    The second question has two clips.
+    """
+    policy = BUILD[kind](dtype=torch.float64)
+    roughen(policy.base)
+    questions = tiny.questions(folder, seconds=((1.2,), (1.0, 0.4), (1.55,)))
+    return SimpleNamespace(kind=kind, policy=policy, plain=with_plain_attention(policy),
+                           questions=questions, prompts=[policy.encode(q) for q in questions],
+                           audio_id=policy.tokenizer.convert_tokens_to_ids("<|audio_pad|>"))
+
+
 @pytest.fixture(scope="module", params=list(BUILD))
 def family(request, tmp_path_factory):
-    """A tiny model in float64, its copy with plain attention, and three questions; the second has two clips."""
     return make_family(request.param, tmp_path_factory.mktemp("clips"))
 
 
@@ -149,795 +172,866 @@ def qwen3(tmp_path_factory):
     return make_family("qwen3_omni", tmp_path_factory.mktemp("clips"))
 
 
-def make_family(kind, folder):
-    policy = BUILD[kind](dtype=torch.float64)
-    roughen(policy.base)
-    # A clip of a second or more in each: see test_a_question_does_not_depend_on_its_batch.
-    questions = tiny.questions(folder, seconds=((1.2,), (1.0, 0.4), (1.55,)))
-    return SimpleNamespace(kind=kind, policy=policy, plain=with_plain_attention(policy), questions=questions,
-                           prompts=[policy.encode(q) for q in questions],
-                           audio_id=policy.tokenizer.convert_tokens_to_ids("<|audio_pad|>"))
-
-
 @pytest.fixture
 def one_tiny(tmp_path):
-    """A fresh tiny Qwen3-Omni in float32 that a test may spoil, and its questions."""
+    """A fresh Qwen3-Omni in float32 that a test may spoil, and its questions."""
     policy = tiny.qwen3_omni()
     roughen(policy.base)
     return policy, tiny.questions(tmp_path)
 
 
 def error_of(call, *args, **kwargs):
-    """The message of the InputError that `call` raises; it has to be one line."""
+    """The message of the InputError that `call` raises. It must be one line."""
     with pytest.raises(InputError) as error:
         call(*args, **kwargs)
     assert "\n" not in str(error.value)
     return str(error.value)
 
 
-def gradients(model, value, keep_graph=False):
-    """Gradient of `value` by parameter name; zeros where there is none."""
-    names, parameters = zip(*((name, p) for name, p in model.named_parameters() if p.requires_grad))
-    found = torch.autograd.grad(value, parameters, allow_unused=True, retain_graph=keep_graph)
-    return {name: torch.zeros_like(p) if g is None else g for name, p, g in zip(names, parameters, found)}
-
-
-# ────────────────────────────────────────── log-prob, entropy and audio mass ──────────────────────────────────────────
-
-# rows: (question, length of the completion). "padded" has padding on both sides, "one" and "even" have none: mask None.
+# Rows of a batch: (index of the question, length of the completion). Only "padded" needs padding,
+# and it needs it on both sides. transformers passes no attention mask for the other two.
 ROWS = {"padded": [(0, 5), (1, 2), (2, 7)], "one": [(1, 6)], "even": [(2, 4), (2, 4)]}
 
 
-def completions_for(rows, seed=0):
+def completions_for(policy, rows, seed=0):
+    """A random completion of each row's length; the last token ends it."""
     rng = random.Random(seed)
-    return [[rng.randrange(320) for _ in range(length - 1)] + [320] for _, length in rows]  # 320 is <|im_end|>
+    return [[rng.randrange(200) for _ in range(length - 1)] + policy.eos_ids for _, length in rows]
 
 
-@pytest.mark.parametrize("rows, temperature, checkpointing, chunks", [
-    ("padded", 1.2, False, None), ("padded", 1.0, True, (83, 3)), ("one", 1.0, True, None),
-    ("one", 1.2, False, (50, 4)),
-    ("even", 1.2, False, (1, 1))])
-def test_values_and_gradients_equal_plain_attention(family, rows, temperature, checkpointing, chunks, monkeypatch):
-    """Columns of every row, and the gradients of all parameters from log π and (through its max) from a_t."""
-    rows = ROWS[rows]
-    completions = completions_for(rows)
-    weights = torch.randn(2, len(rows), 7, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
-    if chunks:
-        monkeypatch.setattr(module, "LOGIT_COLUMNS", chunks[0])
-        monkeypatch.setitem(module.MASS_ROWS, "cpu", chunks[1])
+def batch_for(family, rows, text_only=False):
+    prompts = [family.prompts[q] for q, _ in rows]
+    return family.policy.collate(prompts, completions_for(family.policy, rows), text_only)
 
-    total = [0, 0]
-    expected = []
-    for row, ((q, length), completion) in enumerate(zip(rows, completions)):
-        ids, audio = inputs_alone(family.kind, family.policy, family.questions[q])
-        logp, entropy, mass = alone(family.plain, ids, audio, completion, temperature, LAYERS, family.audio_id)
-        expected.append((logp, entropy, mass))
-        a = mass.max(dim=1).values.mean(dim=0)
-        total[0] = total[0] + (weights[0, row, :length] * logp).sum()
-        total[1] = total[1] + (weights[1, row, :length] * a).sum()
-    total = [gradients(family.plain, value, keep_graph=True) for value in total]
 
-    policy, runs = family.policy, []
-    batch = policy.collate([family.prompts[q] for q, _ in rows], completions)
-    assert bool(batch.attention_mask.all()) == (len({length for _, length in rows}) == len({q for q, _ in rows}) == 1)
-    hooks = [layer.self_attn.register_forward_hook(lambda *_: runs.append(1))
+# ──────── the forward against plain attention ────────
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    rows: str  # a key of ROWS
+    temperature: float
+    checkpointing: bool = False
+    columns: int = model.LOGIT_COLUMNS  # of logits at a time
+    mass_rows: int = 8  # of attention weights at a time
+
+
+CASES = {"padded": Case("padded", 1.2),
+         "padded, checkpointing, blocks": Case("padded", 1.0, True, 83, 3),
+         "one row, checkpointing": Case("one", 1.0, True),
+         "one row, blocks": Case("one", 1.2, False, 50, 4),
+         "equal rows, smallest blocks": Case("even", 1.2, False, 1, 1)}
+
+
+@pytest.fixture(scope="module", params=list(CASES))
+def compared(request, family):
+    """One case's Statistics and gradients, from the policy and from the reference.
+
+    The gradients are those of Σ w·log π and of Σ w·a_t with random weights w.
+    """
+    case = CASES[request.param]
+    rows, policy = ROWS[case.rows], family.policy
+    batch = batch_for(family, rows)
+    width = batch.completion_mask.shape[1]  # T
+    generator = torch.Generator().manual_seed(1)
+    w_logp, w_mass = torch.randn(2, len(rows), width, dtype=torch.float64, generator=generator)
+
+    expected, total_logp, total_mass = [], 0, 0
+    for row, ((q, length), completion) in enumerate(zip(rows, completions_for(policy, rows))):
+        ids, audio = inputs_alone(family.kind, policy, family.questions[q])
+        logp, entropy, mass = alone(family.plain, ids, audio, completion, case.temperature, LAYERS,
+                                    family.audio_id)
+        expected.append(model.Statistics(logp.detach(), entropy.detach(), mass.detach()))
+        a = mass.max(dim=1).values.mean(dim=0)  # a_t  [T]
+        total_logp = total_logp + (w_logp[row, :length] * logp).sum()
+        total_mass = total_mass + (w_mass[row, :length] * a).sum()
+    wanted = {"log-prob": gradients(family.plain, total_logp),
+              "audio mass": gradients(family.plain, total_mass)}
+
+    layer_runs = []
+    hooks = [layer.self_attn.register_forward_hook(lambda *_: layer_runs.append(1))
              for layer in policy.base.model.language_model.layers]
-    try:
-        if checkpointing:
-            policy.model.activation_checkpointing_enable({"use_reentrant": False})
-            policy.train()
-        out = policy(batch, temperature, LAYERS)
-        a = mapo.audio_attention_mass(out.head_mass)
-        width = batch.completion_mask.shape[1]
-        loss = [(weights[0, :, :width] * out.logp).sum(), (weights[1, :, :width] * a).sum()]
-        found = [gradients(policy.base, value, keep_graph=True) for value in loss]
-    finally:
-        policy.model.gradient_checkpointing_disable()
-        policy.eval()
-        [hook.remove() for hook in hooks]
-    # Layers run again in both backward passes; the mass of layer 2 needs no more of its layer than the attention.
-    assert len(runs) == (9 if checkpointing else 3)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(model, "LOGIT_COLUMNS", case.columns)
+        patch.setattr(model, "mass_rows", lambda device: case.mass_rows)
+        try:
+            if case.checkpointing:
+                policy.model.activation_checkpointing_enable({"use_reentrant": False})
+                policy.train()
+            out = policy(batch, case.temperature, LAYERS)
+            a = mapo.audio_attention_mass(out.head_mass)
+            found = {"log-prob": gradients(policy.base, (w_logp * out.logp).sum()),
+                     "audio mass": gradients(policy.base, (w_mass * a).sum())}
+        finally:
+            policy.model.activation_checkpointing_disable()
+            policy.eval()
+            [hook.remove() for hook in hooks]
+    return SimpleNamespace(case=case, batch=batch, out=out, expected=expected, found=found,
+                           wanted=wanted, layer_runs=len(layer_runs))
 
-    assert not out.entropy.requires_grad and out.head_mass.shape == (2, len(rows), 4, width)
-    for row, (logp, entropy, mass) in enumerate(expected):
-        n = len(logp)
-        assert difference(out.logp[row, :n], logp) < CLOSE
-        assert difference(out.entropy[row, :n], entropy) < CLOSE
-        assert difference(out.head_mass[:, row, :, :n], mass) < CLOSE
-        assert not out.logp[row, n:].any() and not out.entropy[row, n:].any() and not out.head_mass[:, row, :, n:].any()
+
+def test_log_probs_equal_plain_attention(compared):
+    for row, expected in enumerate(compared.expected):
+        assert difference(compared.out.logp[row, :len(expected.logp)], expected.logp) < CLOSE
+
+
+def test_entropies_equal_plain_attention(compared):
+    for row, expected in enumerate(compared.expected):
+        length = len(expected.entropy)
+        assert difference(compared.out.entropy[row, :length], expected.entropy) < CLOSE
+
+
+def test_masses_equal_plain_attention(compared):
+    for row, expected in enumerate(compared.expected):
+        length = len(expected.logp)
+        found = compared.out.head_mass[:, row, :, :length]  # [L, H, T]
+        assert difference(found, expected.head_mass) < CLOSE
+
+
+@pytest.mark.parametrize("quantity", ["log-prob", "audio mass"])
+def test_gradients_equal_plain_attention(compared, quantity):
+    """The gradient of every parameter. That of the mass passes through the maximum over heads."""
+    wanted, found = compared.wanted[quantity], compared.found[quantity]
+    scale = max(float(g.abs().max()) for g in wanted.values())
+    assert scale > 1e-3
+    for name in wanted:
+        assert (found[name] - wanted[name]).abs().max() < CLOSE * scale, name
+
+
+def test_statistics_are_zero_off_the_completion(compared):
+    out, mask = compared.out, compared.batch.completion_mask
+    assert not out.logp[~mask].any() and not out.entropy[~mask].any()
+    assert not out.head_mass.movedim(2, 3)[:, ~mask].any()
+
+
+def test_checkpointing_runs_each_layer_once_more_per_backward(compared):
+    """The mass is an output of its layer, and is recomputed with it: 3 layers, two backwards."""
+    assert compared.layer_runs == (3 * 3 if compared.case.checkpointing else 3)
+
+
+@pytest.mark.parametrize("rows", list(ROWS))
+def test_shapes_and_gradient_flags(family, rows):
+    """Gradient flows through log-probs and masses, not through entropies."""
+    batch = batch_for(family, ROWS[rows])
+    out = family.policy(batch, 1.2, LAYERS)
+    assert bool(batch.attention_mask.all()) == (rows != "padded")  # else a case tests too little
+    longest = max(length for _, length in ROWS[rows])
+    assert out.logp.shape == out.entropy.shape == (len(ROWS[rows]), longest)
+    assert out.head_mass.shape == (len(LAYERS), len(ROWS[rows]), 4, longest)
     assert out.head_mass.min() >= 0 and out.head_mass.max() <= 1
-    for actual, wanted in zip(found, total):
-        scale = max(float(g.abs().max()) for g in wanted.values())
-        assert scale > 1e-3
-        for name in wanted:
-            assert (actual[name] - wanted[name]).abs().max() < CLOSE * scale, name
+    assert out.logp.requires_grad and out.head_mass.requires_grad and not out.entropy.requires_grad
 
 
-def test_without_target_layers_the_rest_is_the_same(family):
-    """The mass is an extra: logp and entropy do not move without it; any subset of layers gives the same masses."""
-    batch = family.policy.collate(family.prompts, completions_for(ROWS["padded"]))
+def test_target_layers_do_not_change_the_rest(family):
+    """Log-probs and entropies are the same without the mass; each layer's mass is its own."""
+    batch = batch_for(family, ROWS["padded"])
     with torch.no_grad():
-        plain, both, turned = (family.policy(batch, 1.2, layers) for layers in ((), (0, 1, 2), (2,)))
-    assert plain.head_mass is None
-    assert torch.equal(plain.logp, both.logp) and torch.equal(plain.entropy, both.entropy)
-    assert torch.equal(both.head_mass[2:], turned.head_mass)
+        without, all_layers, last = (family.policy(batch, 1.2, layers)
+                                     for layers in ((), (0, 1, 2), (2,)))
+    assert without.head_mass is None
+    assert torch.equal(without.logp, all_layers.logp)
+    assert torch.equal(without.entropy, all_layers.entropy)
+    assert torch.equal(all_layers.head_mass[2:], last.head_mass)
 
 
-def test_text_only_view(family):
-    """π_text-ref reads the prompt rendered without audio; no placeholder and no marker stands in it."""
+def test_no_graph_without_gradient(family):
+    with torch.no_grad():
+        out = family.policy(batch_for(family, ROWS["one"]), 1.2, LAYERS)
+    assert not out.logp.requires_grad and not out.head_mass.requires_grad
+
+
+# ──────── what the policy is given ────────
+
+
+def test_text_only_prompt_has_no_audio(family):
+    """π_text-ref sees neither placeholders nor their markers, and the same completion columns."""
     policy, rows = family.policy, ROWS["padded"]
-    completions = completions_for(rows)
-    batch = policy.collate([family.prompts[q] for q, _ in rows], completions, text_only=True)
-    assert batch.audio == {}
-    audio_ids = policy.tokenizer.convert_tokens_to_ids(["<|audio_start|>", "<|audio_pad|>", "<|audio_end|>"])
-    assert not set(audio_ids) & set(batch.input_ids.flatten().tolist())
+    with_audio, text = batch_for(family, rows), batch_for(family, rows, text_only=True)
+    assert text.audio == {}
+    audio_ids = policy.tokenizer.convert_tokens_to_ids(
+        ["<|audio_start|>", "<|audio_pad|>", "<|audio_end|>"])
+    assert not set(audio_ids) & set(text.input_ids.flatten().tolist())
+    width = text.completion_mask.shape[1]
+    assert torch.equal(with_audio.completion_mask, text.completion_mask)
+    assert torch.equal(with_audio.input_ids[:, -width:], text.input_ids[:, -width:])
+
+
+def test_text_only_statistics_equal_plain_attention(family):
+    policy, rows = family.policy, ROWS["padded"]
     with torch.no_grad():
-        out = policy(batch, 1.2)
-        for row, (q, length) in enumerate(rows):
+        out = policy(batch_for(family, rows, text_only=True), 1.2)
+        for row, ((q, length), completion) in enumerate(zip(rows, completions_for(policy, rows))):
             ids, audio = inputs_alone(family.kind, policy, family.questions[q], with_audio=False)
             assert family.prompts[q].text_ids == ids
-            logp, entropy, _ = alone(family.plain, ids, audio, completions[row], 1.2)
+            logp, entropy, _ = alone(family.plain, ids, audio, completion, 1.2)
             assert difference(out.logp[row, :length], logp) < CLOSE
             assert difference(out.entropy[row, :length], entropy) < CLOSE
-    view = policy.collate([family.prompts[q] for q, _ in rows], completions)
-    assert torch.equal(view.completion_mask, batch.completion_mask)  # the same completion columns in both views
-    assert torch.equal(view.input_ids[:, -7:], batch.input_ids[:, -7:])
 
 
-def test_an_empty_completion_among_others(family):
-    """A row without a token is all padding and leaves the others alone; all rows empty gives one column of padding."""
+def test_an_empty_completion_does_not_change_the_others(family):
     prompts, policy = family.prompts[:2], family.policy
     with torch.no_grad():
-        out = policy(policy.collate(prompts, [[], [5, 6]]), 1.0, LAYERS)
-        kept = policy(policy.collate(prompts[1:], [[5, 6]]), 1.0, LAYERS)
-        none = policy(policy.collate(prompts, [[], []]), 1.0, LAYERS)
-    assert not out.logp[0].any() and not out.head_mass[:, 0].any()
-    assert difference(out.logp[1], kept.logp[0]) < CLOSE
-    assert difference(out.head_mass[:, 1], kept.head_mass[:, 0]) < CLOSE
-    assert none.logp.shape == (2, 1) and not none.logp.any() and not none.head_mass.any()
+        both = policy(policy.collate(prompts, [[], [5, 6]]), 1.0, LAYERS)
+        full = policy(policy.collate(prompts[1:], [[5, 6]]), 1.0, LAYERS)
+    assert not both.logp[0].any() and not both.head_mass[:, 0].any()
+    assert difference(both.logp[1:], full.logp) < CLOSE
+    assert difference(both.head_mass[:, 1:], full.head_mass) < CLOSE
 
 
-def test_left_padding_of_any_length(qwen3):
-    """The padding's token id and its amount change nothing: a prompt beside one 9 times as long."""
-    policy = qwen3.policy
-    prompt = qwen3.prompts[0]
-    long = dataclasses.replace(prompt, ids=prompt.ids[:-1] + [7] * 500 + prompt.ids[-1:])
+def test_empty_completions_alone_give_one_column_of_zeros(family):
+    prompts, policy = family.prompts[:2], family.policy
     with torch.no_grad():
-        batch = policy.collate([prompt, long], [[5, 6, 7], [8]])
-        shifted = module.Batch(torch.where(batch.attention_mask == 0, 99, batch.input_ids), batch.attention_mask,
-                               batch.completion_mask, batch.audio)
-        apart, beside, other = (policy(b, 1.0, LAYERS) for b in (policy.collate([prompt], [[5, 6, 7]]), batch, shifted))
-    assert difference(beside.logp[:1], apart.logp) < CLOSE
-    assert difference(beside.head_mass[:, :1], apart.head_mass) < CLOSE
-    assert torch.equal(other.logp, beside.logp) and torch.equal(other.head_mass, beside.head_mass)
+        out = policy(policy.collate(prompts, [[], []]), 1.0, LAYERS)
+    assert out.logp.shape == (2, 1) and not out.logp.any() and not out.head_mass.any()
 
 
-@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.2])
-def test_token_statistics(temperature, monkeypatch):
-    """The function alone, in blocks of 4 columns of 11, with its gradients to states and lm_head."""
-    monkeypatch.setattr(module, "LOGIT_COLUMNS", 4)
-    generator = torch.Generator().manual_seed(0)
-    head = torch.nn.Linear(6, 11, bias=False, dtype=torch.float64)
-    hidden = 3 * torch.randn(10, 6, dtype=torch.float64, generator=generator)
-    ids = torch.randint(11, (10,), generator=generator)
-    weights = torch.randn(10, dtype=torch.float64, generator=generator)
-    results = []
-    for whole in (False, True):
-        h = hidden.clone().requires_grad_()
-        if whole:
-            log_probs = (head(h) / temperature).log_softmax(-1)
-            logp, entropy = log_probs[range(10), ids], -(log_probs.exp() * log_probs).sum(-1)
+def test_left_padding_changes_nothing(qwen3):
+    """Neither its amount (the second prompt is 9 times as long) nor the id of its tokens."""
+    policy, prompt = qwen3.policy, qwen3.prompts[0]
+    long = dataclasses.replace(prompt, ids=prompt.ids[:-1] + [7] * 500 + prompt.ids[-1:])
+    unpadded = policy.collate([prompt], [[5, 6, 7]])
+    padded = policy.collate([prompt, long], [[5, 6, 7], [8]])
+    other_id = dataclasses.replace(padded, input_ids=torch.where(
+        padded.attention_mask == 0, 99, padded.input_ids))
+    with torch.no_grad():
+        unpadded, padded, other_id = (policy(batch, 1.0, LAYERS)
+                                      for batch in (unpadded, padded, other_id))
+    assert difference(padded.logp[:1], unpadded.logp) < CLOSE
+    assert difference(padded.head_mass[:, :1], unpadded.head_mass) < CLOSE
+    assert torch.equal(other_id.logp, padded.logp)
+    assert torch.equal(other_id.head_mass, padded.head_mass)
+
+
+def test_positions():
+    """Padding on the left does not count; padding on the right does no harm."""
+    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
+    assert model.positions(mask).tolist() == [[0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5]]
+
+
+def test_positions_equal_the_models_own(family):
+    """Left to find the positions itself (M-RoPE, if it has it), transformers finds the same."""
+    batch, inner = batch_for(family, ROWS["padded"]), family.policy.base.model
+    inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
+                  **batch.audio)
+    with torch.no_grad():
+        own = inner(**inputs).last_hidden_state
+        ours = inner(position_ids=model.positions(batch.attention_mask), **inputs).last_hidden_state
+    kept = batch.attention_mask.bool()
+    # Qwen2-Audio counts left padding. RoPE depends on distances alone, but its angles are float32.
+    tolerance = 1e-5 if family.kind == "qwen2_audio" else CLOSE
+    assert difference(ours[kept], own[kept]) < tolerance
+
+
+# ──────── audio tokens and features ────────
+
+
+def test_audio_token_count_equals_the_encoders(family):
+    """Frame by frame. Qwen2-Audio's encoder computes its lengths itself."""
+    policy, tower = family.policy, family.policy.base.model.audio_tower
+    count = partial(audio_token_count, model_type=policy.base.config.model_type)
+    if family.kind == "qwen2_audio":
+        frames = range(1, 3001)
+        made = tower._get_feat_extract_output_lengths(torch.tensor(frames))[1].tolist()
+        assert [count(n) for n in frames] == made
+        return
+    with torch.no_grad():
+        for n in range(1, 451):
+            lengths = {"feature_lens": torch.tensor([n])}
+            if family.kind == "qwen2_5_omni":
+                lengths["aftercnn_lens"] = torch.tensor([(n + 1) // 2])
+            made = tower(torch.zeros(128, n, dtype=torch.float64), **lengths)
+            assert count(n) == len(made.last_hidden_state), n
+
+
+@pytest.mark.parametrize("kind", ["qwen3_omni", "qwen2_5_omni"])
+def test_audio_token_counts_add_up_over_clips(kind):
+    base = BUILD[kind]().base
+    frames = [7, 100, 101, 199, 200, 201, 450, 3000]
+    mask = torch.arange(max(frames)) < torch.tensor(frames)[:, None]
+    with torch.no_grad():
+        made = base.get_audio_features(torch.zeros(len(frames), 128, max(frames)), mask.long())
+    count = sum(audio_token_count(n, base.config.model_type) for n in frames)
+    assert count == len(made.last_hidden_state)
+
+
+@pytest.mark.parametrize("seconds", [0.1, 0.999, 1.0, 1.001, 3.7])
+def test_encode_makes_one_placeholder_per_audio_token(family, tmp_path, seconds):
+    policy = family.policy
+    question = tiny.questions(tmp_path, seconds=((seconds,),))[0]
+    prompt = policy.encode(question)
+    placeholders = prompt.ids.count(family.audio_id)
+    frames = frame_count(family.kind, samples_of(family.kind, question.audio[0]))
+    assert prompt.frames == (frames,)
+    assert placeholders == audio_tokens(family.kind, frames) > 0
+    assert policy.tokenizer.decode(prompt.ids) == prompt_text(question, [placeholders])
+    batch = policy.collate([prompt], [[5, 6]])
+    with torch.no_grad():
+        if family.kind == "qwen2_audio":  # its forward compares the numbers itself
+            policy.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask,
+                        **batch.audio)
         else:
-            logp, entropy = module.token_statistics(h, head, ids, temperature)
-        results.append((logp, entropy, *torch.autograd.grad((weights * logp).sum(), [h, head.weight])))
-    for actual, expected in zip(*results):
-        assert difference(actual, expected) < 1e-14
+            made = policy.base.get_audio_features(**batch.audio).last_hidden_state
+            assert made.shape[-2] == placeholders
 
 
-def test_entropy_and_logp_of_a_certain_token():
-    """Logits a thousand apart: entropy 0 and log-prob 0, no NaN; a uniform head: log V."""
+def test_a_clip_shorter_than_one_token_is_an_error(family, tmp_path):
+    """Qwen3-Omni's clips are padded to a second, so none is too short."""
+    question = tiny.questions(tmp_path, seconds=((0.01,),))[0]
+    if family.kind == "qwen3_omni":
+        assert family.policy.encode(question).ids.count(family.audio_id) == 13
+    else:
+        message = error_of(family.policy.encode, question)
+        assert "question q0" in message and "too short" in message
+
+
+def test_instruction_ends_the_prompt(family):
+    """After the options, with audio and without."""
+    question, instruction = family.questions[1], "Think first."
+    prompt = family.policy.encode(question, instruction)
+    tokens = [audio_tokens(family.kind, n) for n in prompt.frames]
+    decode = family.policy.tokenizer.decode
+    assert decode(prompt.ids) == prompt_text(question, tokens, f"\n{instruction}")
+    assert decode(prompt.text_ids) == prompt_text(question, (), f"\n{instruction}")
+
+
+def test_features_equal_the_extractors(family):
+    """Clip by clip, whatever other clips the question has."""
+    for question, prompt in zip(family.questions, family.prompts):
+        _, audio = inputs_alone(family.kind, family.policy, question)
+        for i, (features, frames) in enumerate(zip(prompt.features, prompt.frames)):
+            assert frames == int(audio["feature_attention_mask"][i].sum())
+            assert torch.equal(features[:, :frames], audio["input_features"][i, :, :frames])
+
+
+def test_prompt_keeps_its_question(tmp_path):
+    policy = tiny.qwen3_omni()
+    clips = tiny.questions(tmp_path)[1].audio
+    question = Question("x", clips, "Which?", ("one", "two"), "two")
+    prompt = policy.encode(question)
+    assert prompt.question is question
+    assert [f.shape[1] for f in prompt.features] == list(prompt.frames) == [130, 100]
+
+
+def test_a_short_clip_does_not_depend_on_its_batch(family, tmp_path):
+    """The same statistics alone and beside longer clips.
+
+    Qwen3-Omni's encoder pads chunks to the longest of the batch, and its convolutions turn that
+    padding into something that is not zero. Therefore encode pads these clips to one second.
+    """
+    policy, completions = family.policy, [[5, 6, 7], [8, 9], [10, 11, 12]]
+    questions = tiny.questions(tmp_path, seconds=((0.3,), (1.2,), (0.62,)), seed=4)
+    prompts = [policy.encode(q) for q in questions]
+    with torch.no_grad():
+        together = policy(policy.collate(prompts, completions), 1.0, LAYERS)
+        for row, (prompt, completion) in enumerate(zip(prompts, completions)):
+            apart, n = policy(policy.collate([prompt], [completion]), 1.0, LAYERS), len(completion)
+            assert difference(together.logp[row, :n], apart.logp[0]) < CLOSE
+            assert difference(together.head_mass[:, row, :, :n], apart.head_mass[:, 0]) < CLOSE
+
+
+@pytest.mark.parametrize("samples, padded", [
+    (4000, 16000), (15999, 16000), (16000, 16000), (16001, 16160), (20000, 20000)])
+def test_load_clip_adds_silence_for_qwen3_omni(family, tmp_path, samples, padded):
+    """Up to a second, and to whole frames of 160 samples. Other models' clips are not padded."""
+    wave = np.random.default_rng(samples).uniform(-0.5, 0.5, samples).astype(np.float32)
+    soundfile.write(tmp_path / "clip.wav", wave, 16000, subtype="FLOAT")
+    clip = family.policy.load_clip(tmp_path / "clip.wav")
+    assert len(clip) == (padded if family.kind == "qwen3_omni" else samples)
+    assert np.array_equal(clip[:samples], wave) and not clip[samples:].any()
+
+
+def test_qwen2_audio_takes_at_most_30_seconds(tmp_path):
+    """A longer clip is an error that names it; transformers would cut it without a word."""
+    policy = tiny.qwen2_audio()
+    too_long, longest = tiny.questions(tmp_path, seconds=((30.1,), (30.0,)))
+    assert f"{too_long.audio[0]}: 30.1 s" in error_of(policy.encode, too_long)
+    assert policy.encode(longest).ids.count(policy.audio_token_id) == 750
+
+
+@pytest.mark.parametrize("rendered, question, message", [
+    (2, 1, "question q1: the chat template renders 4 audio placeholders"),
+    (0, 0, "question q0: the chat template renders 0 audio placeholders")])
+def test_encode_needs_one_placeholder_per_clip(one_tiny, rendered, question, message):
+    policy, questions = one_tiny
+    policy.tokenizer.chat_template = policy.tokenizer.chat_template.replace(
+        "<|audio_pad|>", "<|audio_pad|>" * rendered)
+    error = error_of(policy.encode, questions[question])
+    assert message in error and f"for {len(questions[question].audio)} clips" in error
+
+
+@pytest.mark.parametrize("change", [+1, -1])
+def test_collate_compares_placeholders_with_features(one_tiny, change):
+    """One placeholder too many or too few: transformers would cut the features without a word."""
+    policy, questions = one_tiny
+    right, prompt = policy.encode(questions[0]), policy.encode(questions[2])
+    at = prompt.ids.index(policy.audio_token_id)
+    placeholder = [policy.audio_token_id] * (change > 0)
+    wrong = dataclasses.replace(
+        prompt, ids=prompt.ids[:at] + placeholder + prompt.ids[at + (change < 0):])
+    message = error_of(policy.collate, [right, wrong], [[5], [6]])
+    tokens = sum(p.ids.count(policy.audio_token_id) for p in (right, prompt))
+    assert "questions q0 … q2" in message
+    assert f"{tokens + change} audio placeholders" in message
+    assert f"{tokens} audio tokens" in message
+
+
+@pytest.mark.parametrize("text_only", [False, True])
+def test_collate_refuses_a_placeholder_in_a_completion(one_tiny, text_only):
+    """The next forward would look for its feature. The fault is the program's, not the user's."""
+    policy, questions = one_tiny
+    prompt = policy.encode(questions[0])
+    with pytest.raises(ValueError, match="placeholder") as error:
+        policy.collate([prompt], [[5, policy.audio_token_id]], text_only=text_only)
+    assert not isinstance(error.value, InputError)
+
+
+def test_collate_needs_one_completion_per_prompt(one_tiny):
+    policy, questions = one_tiny
+    prompt = policy.encode(questions[0])
+    with pytest.raises(ValueError, match="zip"):
+        policy.collate([prompt, prompt], [[5]])
+
+
+def test_decode_leaves_out_special_tokens(one_tiny):
+    policy, _ = one_tiny
+    ids = policy.tokenizer("<think>A bell.</think> a bell<|im_end|>")["input_ids"]
+    completion = SimpleNamespace(token_ids=ids)
+    assert policy.decode(completion) == "<think>A bell.</think> a bell"
+
+
+# ──────── log-prob and entropy without [T, V] ────────
+
+
+def head_inputs(dtype=torch.float64, rows=10, width=6, vocabulary=11):
+    """→ (hidden states [rows, width], an lm_head, token ids [rows]), random."""
+    generator = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(width, vocabulary, bias=False, dtype=dtype)
+    with torch.no_grad():
+        head.weight.copy_(torch.randn(vocabulary, width, generator=generator))
+    hidden = 3 * torch.randn(rows, width, dtype=dtype, generator=generator)
+    return hidden.requires_grad_(), head, torch.randint(vocabulary, (rows,), generator=generator)
+
+
+@pytest.mark.parametrize("columns", [1, 4, 11, 4096])
+@pytest.mark.parametrize("temperature", [0.5, 1.0, 1.2])
+def test_token_statistics_equal_the_equations(temperature, columns, monkeypatch):
+    """Values and gradients of mapo.token_logp and mapo.token_entropy on whole logits."""
+    monkeypatch.setattr(model, "LOGIT_COLUMNS", columns)
+    hidden, head, ids = head_inputs()
+    weights = torch.randn(len(ids), dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    logp, entropy = model.token_statistics(hidden, head, ids, temperature)
+    logits = head(hidden) / temperature
+    wanted_logp, wanted_entropy = mapo.token_logp(logits, ids), mapo.token_entropy(logits)
+    assert difference(logp, wanted_logp) < CLOSE
+    assert difference(entropy, wanted_entropy) < CLOSE and not entropy.requires_grad
+    found, wanted = (torch.autograd.grad((weights * x).sum(), [hidden, head.weight])
+                     for x in (logp, wanted_logp))
+    for actual, expected in zip(found, wanted):
+        assert difference(actual, expected) < CLOSE
+
+
+def test_token_statistics_equal_finite_differences(monkeypatch):
+    monkeypatch.setattr(model, "LOGIT_COLUMNS", 4)
+    hidden, head, ids = head_inputs()
+    assert torch.autograd.gradcheck(
+        lambda h, weight: model.TokenStatistics.apply(h, weight, ids, 1.2)[0],
+        (hidden, head.weight))
+
+
+@pytest.mark.parametrize("frozen", ["hidden", "head"])
+def test_token_statistics_with_one_frozen_input(frozen):
+    """As under LoRA, where lm_head is frozen: the other gradient is the same."""
+    hidden, head, ids = head_inputs()
+    inputs = {"hidden": hidden, "head": head.weight}
+    both = dict(zip(inputs, torch.autograd.grad(
+        model.token_statistics(hidden, head, ids, 1.2)[0].sum(), list(inputs.values()))))
+    inputs.pop(frozen).requires_grad_(False)
+    (name, trained), = inputs.items()
+    model.token_statistics(hidden, head, ids, 1.2)[0].sum().backward()
+    assert torch.equal(trained.grad, both[name])
+
+
+def test_statistics_of_a_certain_and_of_a_uniform_distribution():
+    """Logits a thousand apart give log-prob 0 and entropy 0, no NaN; equal ones −ln V and ln V."""
     head = torch.nn.Linear(2, 5, bias=False)
     with torch.no_grad():
-        head.weight.copy_(torch.tensor([[1000.0, 0], [0, 0], [0, 0], [0, 0], [0, 0]]))
-    logp, entropy = module.token_statistics(torch.tensor([[1.0, 0], [0, 1]]), head, torch.tensor([0, 3]), 1.0)
-    assert logp.tolist() == pytest.approx([0, -np.log(5)]) and entropy.tolist() == pytest.approx([0, np.log(5)])
+        head.weight.zero_()[0, 0] = 1000
+    certain, uniform = [1.0, 0.0], [0.0, 1.0]
+    logp, entropy = model.token_statistics(torch.tensor([certain, uniform]), head,
+                                           torch.tensor([0, 3]), 1.0)
+    assert logp.tolist() == pytest.approx([0, -np.log(5)])
+    assert entropy.tolist() == pytest.approx([0, np.log(5)])
 
 
-# ────────────────────────────────────────────────── the attention mass itself ─────────────────────────────────────────
+def in_and_out_of_autocast(call, inputs):
+    """→ two lists: results of call() and gradients of the first one, without autocast and with.
+
+    The backward, too, runs inside the autocast block.
+    """
+    results = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=enabled):
+            outputs = call()
+            loss = (outputs[0] * torch.linspace(1, 2, outputs[0].numel()).view_as(outputs[0])).sum()
+            results.append([*outputs, *torch.autograd.grad(loss, inputs)])
+    return results
 
 
-def attention_inputs(dtype=torch.float64, keys=9, rows=5, seed=0):
-    """Random q [2, 6, rows, 4], k [2, 2, keys, 4] (three heads share a key head), audio keys and a causal mask."""
-    generator = torch.Generator().manual_seed(seed)
-    query = (2 * torch.randn(2, 6, rows, 4, dtype=torch.float64, generator=generator)).to(dtype)
-    key = (2 * torch.randn(2, 2, keys, 4, dtype=torch.float64, generator=generator)).to(dtype)
-    audio = torch.zeros(2, keys, dtype=torch.bool)
-    audio[0, 1:4] = audio[1, 3:5] = True
-    allowed = torch.ones(keys, keys).tril().bool()[None, None, keys - rows:].repeat(2, 1, 1, 1)
-    allowed[1, :, :, :2] = False  # padding on the left
-    return query, key, audio, allowed
+def test_autocast_does_not_change_token_statistics():
+    hidden, head, ids = head_inputs(torch.float32)
+    plain, autocast = in_and_out_of_autocast(
+        lambda: model.token_statistics(hidden, head, ids, 1.2), [hidden, head.weight])
+    for expected, actual in zip(plain, autocast, strict=True):
+        assert actual.dtype == torch.float32 and difference(actual, expected) < 1e-6
 
 
-def whole_mass(query, key, audio, allowed, scaling):
-    """Mass by loops over samples, heads and rows."""
-    mass = torch.zeros(query.shape[:3], dtype=query.dtype)
+def test_hidden_states_are_converted_to_the_dtype_of_the_head():
+    """Under autocast they can be bf16 beside an fp32 head; their gradient is bf16 again."""
+    hidden, head, ids = head_inputs(torch.float32)
+    rounded = hidden.detach().bfloat16().requires_grad_()
+    logp, entropy = model.token_statistics(rounded, head, ids, 1.2)
+    wanted = model.token_statistics(rounded.detach().float(), head, ids, 1.2)
+    assert torch.equal(logp, wanted[0]) and torch.equal(entropy, wanted[1])
+    logp.sum().backward()
+    assert rounded.grad.dtype == torch.bfloat16 and rounded.grad.any()
+
+
+@pytest.mark.parametrize("frozen_head", [False, True])
+def test_token_statistics_have_no_second_derivative(frozen_head):
+    """An error, because the backward's own derivative would be wrong."""
+    hidden, head, ids = head_inputs()
+    inputs = [hidden] if frozen_head else [hidden, head.weight]
+    head.requires_grad_(not frozen_head)
+    logp, _ = model.token_statistics(hidden, head, ids, 1.2)
+    first = torch.autograd.grad(logp.square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first[0].square().sum().backward()
+
+
+def test_token_statistics_refuse_a_head_with_a_bias():
+    hidden, _, ids = head_inputs()
+    with pytest.raises(ValueError, match="lm_head has a bias"):
+        model.token_statistics(hidden, torch.nn.Linear(6, 11, dtype=torch.float64), ids, 1.0)
+
+
+@pytest.mark.parametrize("wrong", [-100, -1, 11])
+def test_token_statistics_refuse_an_id_outside_the_vocabulary(wrong):
+    hidden, head, ids = head_inputs()
+    ids[3] = wrong
+    with pytest.raises(ValueError, match="token_ids must be from 0 to 10"):
+        model.token_statistics(hidden, head, ids, 1.0)
+
+
+# ──────── audio attention mass ────────
+
+SCALING = 0.37
+
+
+def attention_inputs(dtype=torch.float64, keys=9, rows=5):
+    """→ (q [2, 6, keys, 4], k [2, 2, keys, 4], is_audio, allowed), random.
+
+    Three query heads share a key head. The last `rows` rows count. The second sample has two keys
+    of padding on the left.
+    """
+    generator = torch.Generator().manual_seed(0)
+    query = 2 * torch.randn(2, 6, keys, 4, dtype=torch.float64, generator=generator)
+    key = 2 * torch.randn(2, 2, keys, 4, dtype=torch.float64, generator=generator)
+    is_audio = torch.zeros(2, keys, dtype=torch.bool)
+    is_audio[0, 1:4] = is_audio[1, 3:5] = True
+    causal = torch.ones(keys, keys, dtype=torch.bool).tril()[keys - rows:]
+    allowed = causal.repeat(2, 1, 1, 1)  # [2, 1, rows, keys]
+    allowed[1, :, :, :2] = False
+    return (query.to(dtype).requires_grad_(), key.to(dtype).requires_grad_(), is_audio, allowed)
+
+
+def mass_by_loops(query, key, is_audio, allowed, scaling):
+    """Σ_{j ∈ S_audio} exp z_j / Σ_j exp z_j, one sample, head and row at a time."""
+    rows = query[:, :, -allowed.shape[2]:]
+    heads_per_key = query.shape[1] // key.shape[1]
+    mass = torch.zeros(rows.shape[:3], dtype=query.dtype)
     for b, h, t in np.ndindex(*mass.shape):
-        z = key[b, h // (query.shape[1] // key.shape[1])] @ query[b, h, t] * scaling
-        p = z[allowed[b, 0, t]].exp()
-        mass[b, h, t] = p[audio[b][allowed[b, 0, t]]].sum() / p.sum()
+        weights = {}
+        for j in range(key.shape[2]):
+            if allowed[b, 0, t, j]:
+                weights[j] = (rows[b, h, t] @ key[b, h // heads_per_key, j] * scaling).exp()
+        on_audio = sum(weight for j, weight in weights.items() if is_audio[b, j])
+        mass[b, h, t] = on_audio / sum(weights.values())
     return mass
 
 
-@pytest.mark.parametrize("rows_at_once", [2, 128])
-def test_mass_equals_loops(rows_at_once, monkeypatch):
-    """Values against loops, and the hand-written backward (Eq. 15) against finite differences."""
-    monkeypatch.setitem(module.MASS_ROWS, "cpu", rows_at_once)
-    query, key, audio, allowed = attention_inputs()
-    mass = module.AudioMass.apply(query, key, audio, allowed, 0.37)
-    assert difference(mass, whole_mass(query, key, audio, allowed, 0.37)) < 1e-14
-    assert torch.autograd.gradcheck(lambda q, k: module.AudioMass.apply(q, k, audio, allowed, 0.37),
-                                    (query.requires_grad_(), key.requires_grad_()))
+def test_plain_audio_mass_equals_loops():
+    """Values and gradients of the plain form, which the other tests take as their reference."""
+    query, key, *rest = attention_inputs()
+    found, wanted = (mass(query, key, *rest, SCALING) for mass in (model.audio_mass, mass_by_loops))
+    assert difference(found, wanted) < CLOSE
+    weights = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
+    for actual, expected in zip(*(torch.autograd.grad((weights * mass).sum(), [query, key])
+                                  for mass in (found, wanted))):
+        assert difference(actual, expected) < CLOSE
 
 
-def test_mass_is_one_with_audio_alone_and_zero_without():
-    """All allowed keys audio: 1. None: 0. Never outside [0, 1], even where the logits are large."""
-    query, key, audio, allowed = attention_inputs(torch.float32)
-    every = module.AudioMass.apply(query, key, torch.ones_like(audio), allowed, 0.5)
-    none = module.AudioMass.apply(query, key, torch.zeros_like(audio), allowed, 0.5)
-    sharp = module.AudioMass.apply(query * 1000, key * 1000, audio, allowed, 0.5)
-    assert torch.allclose(every, torch.ones_like(every)) and not none.any()
-    assert sharp.isfinite().all() and sharp.min() >= 0 and sharp.max() <= 1
+@pytest.mark.parametrize("rows", [1, 5, 7])  # of 9; padding has none
+@pytest.mark.parametrize("rows_at_once", [1, 2, 128])
+def test_audio_mass_equals_its_plain_form(rows_at_once, rows, monkeypatch):
+    """Values, and the gradients of a loss on all heads and of one on the largest head (Eq. 13)."""
+    monkeypatch.setattr(model, "mass_rows", lambda device: rows_at_once)
+    query, key, *rest = attention_inputs(rows=rows)
+    found, wanted = (mass(query, key, *rest, SCALING)
+                     for mass in (model.AudioMass.apply, model.audio_mass))
+    assert difference(found, wanted) < CLOSE
+    weights = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
+    for loss in (lambda mass: (weights * mass).sum(),
+                 lambda mass: mapo.attention_penalty(mass.max(dim=1).values, 0.1).sum()):
+        for actual, expected in zip(*(
+                torch.autograd.grad(loss(mass), [query, key], retain_graph=True)
+                for mass in (found, wanted))):
+            assert difference(actual, expected) < CLOSE
 
 
-def test_closed_form_of_the_gradient():
-    """Eq. 15 with one-dimensional keys, where the logit of key i is k_i·q: ∂m/∂k_i = α_i(1[i audio] − m)·q."""
-    query = torch.tensor([[[[0.7]]]], dtype=torch.float64)
-    key = torch.tensor([0.3, -1.0, 2.0, 0.5, -0.2, 1.1], dtype=torch.float64).reshape(1, 1, 6, 1).requires_grad_()
-    audio = torch.tensor([[False, True, True, False, False, True]])
-    mass = module.AudioMass.apply(query, key, audio, torch.ones(1, 1, 1, 6, dtype=torch.bool), 1.0)
-    mass.backward(torch.ones_like(mass))
-    alpha = (key.detach()[0, 0, :, 0] * 0.7).softmax(0)
-    m = alpha[audio[0]].sum()
-    assert torch.allclose(key.grad[0, 0, :, 0], torch.where(audio[0], alpha * (1 - m), -alpha * m) * 0.7, atol=1e-15)
+def test_audio_mass_with_one_mask_for_all_samples():
+    """allowed is [1, 1, T, S] when nothing is padded."""
+    query, key, is_audio, allowed = attention_inputs()
+    one, repeated = allowed[:1], allowed[:1].expand(2, -1, -1, -1)
+    results = []
+    for mask in (one, repeated):
+        mass = model.AudioMass.apply(query, key, is_audio, mask, SCALING)
+        results.append((mass, *torch.autograd.grad(mass.square().sum(), [query, key])))
+    for actual, expected in zip(*results):
+        assert torch.equal(actual, expected)
 
 
-def test_bfloat16_mass_has_float32_precision():
-    """From bf16 q and k the mass is that of a float32 product (a bf16 product is off by 1e-2); gradients are bf16."""
-    query, key, audio, allowed = attention_inputs(torch.bfloat16, keys=90, rows=40)
-    mass = module.AudioMass.apply(query.requires_grad_(), key.requires_grad_(), audio, allowed, 0.5)
-    exact = whole_mass(query.detach().double(), key.detach().double(), audio, allowed, 0.5)
-    assert mass.dtype == torch.float32 and (mass.double() - exact).abs().max() < 1e-5
-    rough = (query[:, :3] @ key[:, :1].transpose(-1, -2) * 0.5).masked_fill(~allowed, float("-inf")).softmax(-1)
-    assert ((rough * audio[:, None, None]).sum(-1).double() - exact[:, :3]).abs().max() > 1e-3  # what the test can see
+def test_audio_mass_equals_finite_differences(monkeypatch):
+    monkeypatch.setattr(model, "mass_rows", lambda device: 2)
+    query, key, *rest = attention_inputs()
+    assert torch.autograd.gradcheck(lambda q, k: model.AudioMass.apply(q, k, *rest, SCALING),
+                                    (query, key))
+
+
+def test_gradient_of_the_mass_in_closed_form():
+    """Eq. 15 with one-dimensional keys: z_i = k_i·q, so ∂m/∂k_i = α_i·(𝟙[i ∈ S_audio] − m)·q."""
+    q = 0.7
+    k = torch.tensor([0.3, -1.0, 2.0, 0.5, -0.2, 1.1], dtype=torch.float64)
+    is_audio = torch.tensor([False, True, True, False, False, True])
+    key = k.clone().view(1, 1, 6, 1).requires_grad_()
+    query = torch.full((1, 1, 1, 1), q, dtype=torch.float64)
+    allowed = torch.ones(1, 1, 1, 6, dtype=torch.bool)
+    model.AudioMass.apply(query, key, is_audio[None], allowed, 1.0).sum().backward()
+    alpha = (k * q).softmax(dim=0)
+    m = alpha[is_audio].sum()
+    expected = alpha * (is_audio.double() - m) * q
+    assert torch.allclose(key.grad.flatten(), expected, atol=1e-15)
+
+
+def test_mass_is_1_on_audio_alone_and_0_without_audio():
+    query, key, is_audio, allowed = attention_inputs(torch.float32)
+    everything = model.AudioMass.apply(query, key, torch.ones_like(is_audio), allowed, 0.5)
+    nothing = model.AudioMass.apply(query, key, torch.zeros_like(is_audio), allowed, 0.5)
+    assert torch.allclose(everything, torch.ones_like(everything)) and not nothing.any()
+
+
+def test_mass_stays_in_range_where_logits_are_large():
+    query, key, *rest = attention_inputs(torch.float32)
+    mass = model.AudioMass.apply(query * 1000, key * 1000, *rest, 0.5)
+    assert mass.isfinite().all() and mass.min() >= 0 and mass.max() <= 1
+
+
+def test_bfloat16_inputs_give_a_float32_mass():
+    """A product in bf16 would be off by 1e-2. Gradients have the dtype of the inputs."""
+    query, key, is_audio, allowed = attention_inputs(torch.bfloat16, keys=90, rows=40)
+    mass = model.AudioMass.apply(query, key, is_audio, allowed, 0.5)
+    exact = model.audio_mass(query.double(), key.double(), is_audio, allowed, 0.5)
+    assert mass.dtype == torch.float32 and (mass - exact).abs().max() < 1e-5
     grads = torch.autograd.grad(mass.sum(), [query, key])
     assert all(g.dtype == torch.bfloat16 and g.any() for g in grads)
 
 
+def test_autocast_does_not_change_the_mass():
+    query, key, *rest = attention_inputs(torch.float32)
+    plain, autocast = in_and_out_of_autocast(
+        lambda: [model.AudioMass.apply(query, key, *rest, SCALING)], [query, key])
+    for expected, actual in zip(plain, autocast, strict=True):
+        assert actual.dtype == torch.float32 and difference(actual, expected) < 1e-6
+
+
+def test_autocast_does_not_change_the_plain_mass():
+    """Its backward is autograd's own, so only the value is certain."""
+    inputs = attention_inputs(torch.float32)
+    plain = model.audio_mass(*inputs, SCALING)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(model.audio_mass(*inputs, SCALING), plain)
+
+
+def test_audio_mass_has_no_second_derivative():
+    """An error, because the backward's own derivative would be wrong. The plain form has one."""
+    query, key, *rest = attention_inputs()
+    for form, fails in ((model.audio_mass, False), (model.AudioMass.apply, True)):
+        mass = form(query, key, *rest, SCALING)
+        first, _ = torch.autograd.grad(mass.square().sum(), [query, key], create_graph=True)
+        if fails:
+            with pytest.raises(RuntimeError, match="differentiate twice"):
+                first.square().sum().backward()
+        else:
+            first.square().sum().backward()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda", "meta", "mps", "xpu"])
+def test_every_device_has_a_block_size(device):
+    assert model.mass_rows(torch.device(device)) > 0
+
+
 def test_bfloat16_model(one_tiny):
-    """In a bf16 model the masses are those of the float64 softmax over the very q and k that its layers made."""
+    """In a bf16 model the mass is the float64 mass of the q and k that its layers made."""
     policy, questions = one_tiny
     policy.base.to(torch.bfloat16)
-    seen = {}
+    seen, original = {}, ALL_ATTENTION_FUNCTIONS["audio_mass"]
 
-    def spy(module_, query, key, value, attention_mask, **kwargs):
-        if hasattr(module_, "layer_idx"):
-            seen[module_.layer_idx] = (query.detach().double(), key.detach().double())
-        return original(module_, query, key, value, attention_mask, **kwargs)
+    def spy(layer, query, key, value, attention_mask, **kwargs):
+        seen[layer.layer_idx] = (query.detach().double(), key.detach().double(), kwargs["scaling"])
+        return original(layer, query, key, value, attention_mask, **kwargs)
 
-    original = ALL_ATTENTION_FUNCTIONS["audio_mass"]
-    completions = [[4, 5, 6, 7], [9, 10]]
-    batch = policy.collate([policy.encode(q) for q in questions[:2]], completions)
+    batch = policy.collate([policy.encode(q) for q in questions[:2]], [[4, 5, 6, 7], [9, 10]])
     try:
         AttentionInterface.register("audio_mass", spy)
         out = policy(batch, 1.0, LAYERS)
     finally:
         AttentionInterface.register("audio_mass", original)
     assert out.logp.dtype == out.entropy.dtype == out.head_mass.dtype == torch.float32
-    keys = batch.input_ids.shape[1]
-    allowed = torch.ones(keys, keys).tril().bool() & batch.attention_mask.bool()[:, None, None, :]
-    for i, layer in enumerate(LAYERS):
-        q, k = seen[layer]
-        exact = whole_mass(q[:, :, -5:-1], k, batch.input_ids == policy.audio_token_id, allowed[:, :, -5:-1], 8 ** -0.5)
-        exact *= batch.completion_mask[:, None]
-        assert (out.head_mass[i].double() - exact).abs().max() < 1e-5
+    total, width = batch.input_ids.shape[1], batch.completion_mask.shape[1]
+    first = total - width - 1  # the row that predicts y_1
+    causal = torch.ones(total, total, dtype=torch.bool).tril()
+    allowed = (causal & batch.attention_mask.bool()[:, None, None])[:, :, first:]
+    is_audio = batch.input_ids == policy.audio_token_id
+    for mass, layer in zip(out.head_mass, LAYERS, strict=True):
+        q, k, scaling = seen[layer]
+        exact = model.audio_mass(q, k, is_audio, allowed, scaling)[..., :width]
+        exact = exact * batch.completion_mask[:, None]
+        assert (mass - exact).abs().max() < 1e-5
 
 
-def test_only_the_argmax_head_gets_gradient(qwen3):
-    """Eq. 13: with one token and one layer, q_proj gets gradient in one head's rows, k_proj in its key head's."""
+def test_only_the_largest_head_gets_gradient(qwen3):
+    """Eq. 13, for one token and one layer: q_proj of that head, k_proj of its key head."""
     policy = qwen3.policy
-    batch = policy.collate(qwen3.prompts[:1], [[5]])
-    out = policy(batch, 1.0, (2,))
-    best = int(out.head_mass[0, 0, :, 0].argmax())
+    config = policy.base.config.get_text_config()
+    heads, key_heads = config.num_attention_heads, config.num_key_value_heads
+    out = policy(policy.collate(qwen3.prompts[:1], [[5]]), 1.0, (2,))
+    best = int(out.head_mass.flatten().argmax())
     grads = gradients(policy.base, mapo.audio_attention_mass(out.head_mass).sum())
     attention = "model.language_model.layers.2.self_attn."
-    heads = grads[attention + "q_proj.weight"].reshape(4, 8, -1).abs().amax(dim=(1, 2))
-    key_heads = grads[attention + "k_proj.weight"].reshape(2, 8, -1).abs().amax(dim=(1, 2))
-    assert [bool(g) for g in heads] == [h == best for h in range(4)]
-    assert [bool(g) for g in key_heads] == [h == best // 2 for h in range(2)]
+    touched = {name: grads[f"{attention}{name}_proj.weight"].unflatten(0, (n, -1)).any(-1).any(-1)
+               for name, n in (("q", heads), ("k", key_heads))}
+    assert touched["q"].nonzero().flatten().tolist() == [best]
+    assert touched["k"].nonzero().flatten().tolist() == [best * key_heads // heads]
 
 
-def test_mass_gradient_ends_at_q_and_k_of_the_target_layer(qwen3):
-    """From layer 1's mass nothing flows into its v, its output, its MLP, or anything above; layers below get theirs."""
+def test_gradient_of_the_mass_enters_at_q_and_k_of_the_target_layer(qwen3):
+    """It does not reach that layer's v, output and MLP, or anything above, but all layers below."""
     policy = qwen3.policy
-    out = policy(policy.collate(qwen3.prompts, completions_for(ROWS["padded"])), 1.0, (1,))
+    out = policy(batch_for(qwen3, ROWS["padded"]), 1.0, (1,))
     grads = gradients(policy.base, mapo.audio_attention_mass(out.head_mass).sum())
     touched = {name for name, g in grads.items() if g.any()}
     layer = "model.language_model.layers."
-    above = [n for n in grads if n.startswith(("lm_head", "model.language_model.norm", layer + "2."))]
-    own = {n.removeprefix(layer + "1.") for n in touched if n.startswith(layer + "1.")}
+    above = [name for name in grads
+             if name.startswith(("lm_head", "model.language_model.norm", f"{layer}2."))]
     assert above and not touched & set(above)
+    own = {name.removeprefix(f"{layer}1.") for name in touched if name.startswith(f"{layer}1.")}
     assert own == {"input_layernorm.weight", "self_attn.q_proj.weight", "self_attn.k_proj.weight",
                    "self_attn.q_norm.weight", "self_attn.k_norm.weight"}
-    assert layer + "0.self_attn.v_proj.weight" in touched and "model.audio_tower.proj2.weight" in touched
-
-
-def test_attention_function_alone():
-    """Fused output untouched, mass None outside the target layers, no gradient to v, none to earlier rows of q."""
-    query, key, audio, _ = attention_inputs(rows=9)
-    value = torch.randn(2, 2, 9, 4, dtype=torch.float64)
-    layer = SimpleNamespace(layer_idx=3, num_key_value_groups=3, training=False, is_causal=True)
-    for tensor in (query, key, value):
-        tensor.requires_grad_()
-    attention = partial(module.attention_with_mass, layer, query, key, value, None, scaling=0.5)
-    plain, nothing = attention()
-    other, absent = attention(mass_layers=(2,), mass_first_row=4, mass_keys=audio)
-    output, mass = attention(mass_layers=(1, 3), mass_first_row=4, mass_keys=audio)
-    assert nothing is absent is None and torch.equal(plain, output) and torch.equal(plain, other)
-    causal = torch.ones(9, 9).tril().bool()[None, None, 4:].repeat(2, 1, 1, 1)
-    assert difference(mass, whole_mass(query.detach()[:, :, 4:], key.detach(), audio, causal, 0.5)) < 1e-14
-    q, k, v = torch.autograd.grad(mass.sum(), [query, key, value], allow_unused=True)
-    assert v is None and not q[:, :, :4].any() and q[:, :, 4:].any() and k.any()
-
-
-# ─────────────────────────────────────────────────────── positions ────────────────────────────────────────────────────
-
-
-def test_positions():
-    """Left padding does not count, right padding does no harm."""
-    mask = torch.tensor([[0, 0, 1, 1, 1, 0], [1, 1, 1, 1, 1, 1]])
-    assert module.positions(mask).tolist() == [[0, 0, 0, 1, 2, 2], [0, 1, 2, 3, 4, 5]]
-
-
-def test_positions_are_the_models_own(family):
-    """transformers, left to find the positions by itself (M-RoPE where the class has it), makes the same states."""
-    batch = family.policy.collate(family.prompts, completions_for(ROWS["padded"]))
-    inner = family.policy.base.model
-    with torch.no_grad():
-        inputs = dict(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, **batch.audio)
-        own = inner(**inputs).last_hidden_state
-        ours = inner(position_ids=module.positions(batch.attention_mask), **inputs).last_hidden_state
-    kept = batch.attention_mask.bool()
-    # Qwen2-Audio's own positions count left padding; RoPE sees distances alone, and its angles are float32.
-    assert difference(ours[kept], own[kept]) < (1e-5 if family.kind == "qwen2_audio" else CLOSE)
-
-
-# ───────────────────────────────────────────────── audio tokens, features ─────────────────────────────────────────────
-
-
-def test_audio_token_count_is_what_the_encoder_makes(family):
-    """For 1 to 450 frames; a sum over a batch of clips, too. Qwen2-Audio's encoder says its lengths itself."""
-    policy, tower = family.policy, family.policy.base.model.audio_tower
-    if family.kind == "qwen2_audio":
-        frames = torch.arange(1, 3001)
-        made = tower._get_feat_extract_output_lengths(frames)[1].tolist()
-        assert [module.audio_token_count(n, policy.base.config) for n in range(1, 3001)] == made
-        return
-    with torch.no_grad():
-        for n in range(1, 451):
-            lengths = {"aftercnn_lens": torch.tensor([(n + 1) // 2])} if family.kind == "qwen2_5_omni" else {}
-            made = tower(torch.zeros(128, n, dtype=torch.float64), feature_lens=torch.tensor([n]), **lengths)
-            assert module.audio_token_count(n, policy.base.config) == len(made.last_hidden_state), n
-    frames = [7, 100, 101, 199, 200, 201, 450, 3000]
-    mask = torch.arange(3000) < torch.tensor(frames)[:, None]
-    with torch.no_grad():
-        made = policy.base.get_audio_features(torch.zeros(8, 128, 3000, dtype=torch.float64), mask.long())
-    assert sum(module.audio_token_count(n, policy.base.config) for n in frames) == len(made.last_hidden_state)
-
-
-@pytest.mark.parametrize("seconds", [0.01, 0.1, 0.999, 1.0, 1.001, 3.7])
-def test_encode_makes_a_placeholder_for_every_feature(family, tmp_path, seconds):
-    """Placeholders of the encoded prompt = rows that the encoder makes; a prompt that differs would be cut silently."""
-    policy = family.policy
-    question = tiny.questions(tmp_path, seconds=((seconds,),))[0]
-    if family.kind != "qwen3_omni" and seconds == 0.01:  # shorter than a token of these encoders
-        with pytest.raises(InputError, match="too short"):
-            policy.encode(question)
-        return
-    prompt = policy.encode(question)
-    batch = policy.collate([prompt], [[5, 6]])
-    placeholders = prompt.ids.count(family.audio_id)
-    assert prompt.frames == (frame_count(family.kind, samples_of(family.kind, question.audio[0])),)
-    assert placeholders == audio_tokens(family.kind, prompt.frames[0]) > 0
-    assert policy.tokenizer.decode(prompt.ids) == prompt_text(question, [placeholders])
-    if family.kind == "qwen2_audio":  # its forward compares the numbers itself
-        policy.base(input_ids=batch.input_ids, attention_mask=batch.attention_mask, **batch.audio)
-    else:
-        assert policy.base.get_audio_features(**batch.audio).last_hidden_state.shape[-2] == placeholders
-
-
-def test_encode_with_an_instruction(family):
-    """The instruction ends the user's turn in both views, after the options."""
-    prompt = family.policy.encode(family.questions[1], "Think first.")
-    tokens = [audio_tokens(family.kind, n) for n in prompt.frames]
-    assert family.policy.tokenizer.decode(prompt.ids) == prompt_text(family.questions[1], tokens, "\nThink first.")
-    assert family.policy.tokenizer.decode(prompt.text_ids) == prompt_text(family.questions[1], (), "\nThink first.")
-
-
-def test_log_mel_is_the_extractors(family):
-    """Features of every clip are those of the extractor on the file's samples, whatever else the question holds."""
-    for question, prompt in zip(family.questions, family.prompts):
-        _, audio = inputs_alone(family.kind, family.policy, question)
-        for i, (features, frames) in enumerate(zip(prompt.features, prompt.frames)):
-            assert torch.equal(features[:, :frames], audio["input_features"][i, :, :frames])
-            assert frames == int(audio["feature_attention_mask"][i].sum())
-
-
-def in_batch_and_alone(family, questions):
-    """Largest difference of logp and of mass between the questions together and each alone."""
-    policy, completions = family.policy, [[5, 6, 7], [8, 9], [10, 11, 12]]
-    prompts = [policy.encode(q) for q in questions]
-    worst = 0.0
-    with torch.no_grad():
-        together = policy(policy.collate(prompts, completions), 1.0, LAYERS)
-        for row, (prompt, completion) in enumerate(zip(prompts, completions)):
-            apart, n = policy(policy.collate([prompt], [completion]), 1.0, LAYERS), len(completion)
-            worst = max(worst, difference(together.logp[row, :n], apart.logp[0]),
-                        difference(together.head_mass[:, row, :, :n], apart.head_mass[:, 0]))
-    return worst
-
-
-def test_a_question_does_not_depend_on_its_batch(family):
-    """Statistics of a question alone and beside others, with clips of a second and more."""
-    assert in_batch_and_alone(family, family.questions) < CLOSE
-
-
-def test_a_short_clip_does_not_depend_on_its_batch(family, tmp_path):
-    """The same with clips under a second. Qwen3-Omni's encoder pads a chunk to the longest chunk of the batch, and its
-    convolutions make something of the padding that is not zero: encode() pads such clips to one second."""
-    assert in_batch_and_alone(family, tiny.questions(tmp_path, seconds=((0.3,), (1.2,), (0.62,)), seed=4)) < CLOSE
-
-
-def test_qwen2_audio_takes_30_seconds_at_most(tmp_path):
-    """Its encoder has windows of 30 s: a longer clip is an error that names it, where truncation would be silent."""
-    policy = tiny.qwen2_audio()
-    long, just = tiny.questions(tmp_path, seconds=((30.1,), (30.0,)))
-    assert f"{long.audio[0]}: 30.1 s" in error_of(policy.encode, long)
-    assert policy.encode(just).ids.count(policy.audio_token_id) == 750
-
-
-# ──────────────────────────────────────────────── what is wrong at the door ───────────────────────────────────────────
-
-
-def test_template_with_two_placeholders_a_clip(one_tiny):
-    """A template that renders another number of placeholders than clips is refused at encoding."""
-    policy, questions = one_tiny
-    policy.tokenizer.chat_template = tiny.TEMPLATE.replace("<|audio_pad|>", "<|audio_pad|><|audio_pad|>")
-    message = error_of(policy.encode, questions[1])
-    assert "question q1" in message and "4 audio placeholders" in message and "2 clips" in message
-    policy.tokenizer.chat_template = tiny.TEMPLATE.replace("<|audio_pad|>", "")
-    assert "0 audio placeholders" in error_of(policy.encode, questions[0])
-
-
-@pytest.mark.parametrize("change", [+1, -1])
-def test_collate_counts_placeholders(one_tiny, change):
-    """One placeholder too many or too few is an error in collate: transformers would cut the features silently."""
-    policy, questions = one_tiny
-    good, prompt = policy.encode(questions[0]), policy.encode(questions[2])
-    at = prompt.ids.index(policy.audio_token_id)
-    ids = prompt.ids[:at] + [policy.audio_token_id] * (change > 0) + prompt.ids[at + (change < 0):]
-    wrong = dataclasses.replace(prompt, ids=ids)
-    message = error_of(policy.collate, [good, wrong], [[5], [6]])
-    assert "questions q0 … q2" in message
-    assert f"{26 + change} audio placeholders" in message and "26 audio tokens" in message
-
-
-def test_collate_refuses_a_placeholder_in_a_completion(one_tiny):
-    """A sampled audio placeholder would ask the next forward for a feature: both views refuse it, a program's error."""
-    policy, questions = one_tiny
-    prompt = policy.encode(questions[0])
-    for text_only in (False, True):
-        with pytest.raises(ValueError, match="placeholder") as error:
-            policy.collate([prompt], [[5, policy.audio_token_id]], text_only=text_only)
-        assert not isinstance(error.value, InputError)
-    with pytest.raises(ValueError):
-        policy.collate([prompt, prompt], [[5]])  # a completion is missing
-
-
-def test_check_policy_target_layers(one_tiny):
-    """Layers exist, each once, at least one."""
-    policy, questions = one_tiny
-    for layers, part in (((0, 3), "3 is out of range; the model has layers 0 to 2"), ((-1,), "-1 is out of range"),
-                         ((), "at least one"), ((1, 1), "each once")):
-        assert part in error_of(module.check_policy, policy, questions, layers)
-
-
-@pytest.mark.parametrize("kind", ["qwen3_omni", "qwen2_5_omni", "qwen2_audio"])
-def test_check_policy_accepts_every_family(kind, tmp_path):
-    """A sound model and question pass the door, one clip or two."""
-    policy = getattr(tiny, kind)()
-    for question in tiny.questions(tmp_path):
-        module.check_policy(policy, [question], (0, 2))
-
-
-def test_check_policy_counts_audio_tokens(one_tiny, tmp_path):
-    """An encoder that makes another number of tokens than the formula (here: windows of 2 s) is refused."""
-    policy, question = one_tiny[0], tiny.questions(tmp_path, seconds=((0.3, 2.5),), seed=9)[0]
-    policy.base.model.audio_tower.n_window = 20
-    assert "no tokens" in error_of(module.check_policy, policy, [question], (0,))
-    policy.base.model.audio_tower.n_window = 100
-    message = error_of(module.check_policy, policy, [question], (0,))
-    assert all(part in message for part in ("question q0", "33 tokens", "46 placeholders", "n_window"))
-
-
-# ──────────────────────────────────────────────────────── loading ─────────────────────────────────────────────────────
-
-
-def statistics(policy, questions):
-    with torch.no_grad():
-        return policy(policy.collate([policy.encode(q) for q in questions], [[5, 6, 7], [8], [9, 10]]), 1.2, LAYERS)
-
-
-def same(one, other):
-    return all(torch.equal(a, b) for a, b in zip(one, other))
-
-
-@pytest.fixture(scope="module")
-def saved(tmp_path_factory):
-    """A folder with a saved Qwen3-Omni thinker, the policy, its questions and their statistics."""
-    folder = tmp_path_factory.mktemp("saved")
-    policy = tiny.qwen3_omni(seed=3)
-    roughen(policy.base)
-    policy.save(folder / "thinker")
-    questions = tiny.questions(folder)
-    return SimpleNamespace(folder=folder / "thinker", policy=policy, questions=questions,
-                           statistics=statistics(policy, questions))
+    assert f"{layer}0.self_attn.v_proj.weight" in touched
+    assert "model.audio_tower.proj2.weight" in touched
 
 
 @pytest.fixture
-def copied(saved, tmp_path):
-    return shutil.copytree(saved.folder, tmp_path / "copy")
+def attention():
+    """attention_with_mass as layer 3 calls it, without padding, and its q, k, v and audio keys."""
+    query, key, is_audio, _ = attention_inputs()
+    value = torch.randn(key.shape, dtype=key.dtype, generator=torch.Generator().manual_seed(1))
+    value.requires_grad_()
+    layer = SimpleNamespace(layer_idx=3, num_key_value_groups=3, training=False, is_causal=True)
+    call = partial(model.attention_with_mass, layer, query, key, value, None, scaling=SCALING)
+    return call, query, key, value, is_audio
 
 
-@pytest.mark.parametrize("kind", list(BUILD))
-def test_save_and_load(kind, tmp_path):
-    """What is saved loads as the same policy: class, prompts, banned and final ids, and statistics bit for bit."""
-    policy = getattr(tiny, kind)(seed=2)
-    roughen(policy.base)
-    policy.save(tmp_path / "model")
-    loaded = module.load_policy(tmp_path / "model")
-    assert type(loaded.base) is type(policy.base) and not loaded.base.training
-    assert loaded.placeholder_ids == policy.placeholder_ids and loaded.audio_token_id == policy.audio_token_id
-    assert loaded.eos_ids == policy.eos_ids == [320]
-    questions = tiny.questions(tmp_path)
-    assert [loaded.encode(q).ids for q in questions] == [policy.encode(q).ids for q in questions]
-    assert same(statistics(loaded, questions), statistics(policy, questions))
+def test_attention_output_is_the_fused_kernels(attention):
+    """With and without the mass, which exists in the target layers alone."""
+    call, *_, is_audio = attention
+    asked = {"mass_first_row": 4, "mass_keys": is_audio}
+    plain, nothing = call()
+    other_layer, absent = call(mass_layers=(2,), **asked)
+    output, mass = call(mass_layers=(1, 3), **asked)
+    assert nothing is absent is None and mass is not None
+    assert torch.equal(plain, output) and torch.equal(plain, other_layer)
 
 
-def test_load_full_omni_checkpoint(saved, tmp_path):
-    """A checkpoint of the whole Omni model, keys `thinker.*`, loads as its thinker; so does the thinker's own."""
-    config = Qwen3OmniMoeConfig(thinker_config=saved.policy.base.config.to_dict(), enable_audio_output=False)
-    full = Qwen3OmniMoeForConditionalGeneration(config)
-    full.thinker.load_state_dict(saved.policy.base.state_dict())
-    for layout, checkpoint, prefix in (("full", full, "thinker."), ("thinker", full.thinker, "")):
-        checkpoint.save_pretrained(tmp_path / layout)
-        with safetensors.safe_open(tmp_path / layout / "model.safetensors", "pt") as tensors:
-            assert all(key.startswith(prefix) for key in tensors.keys())
-        saved.policy.tokenizer.save_pretrained(tmp_path / layout)
-        saved.policy.feature_extractor.save_pretrained(tmp_path / layout)
-        loaded = module.load_policy(tmp_path / layout)
-        assert type(loaded.base) is type(saved.policy.base)
-        for (name, actual), expected in zip(loaded.base.state_dict().items(), saved.policy.base.state_dict().values()):
-            assert torch.equal(actual, expected), name
-        assert same(statistics(loaded, saved.questions), saved.statistics)
+def test_attention_returns_the_mass_of_the_rows_from_mass_first_row_on(attention):
+    """Its gradient reaches those rows of q, and k, but neither earlier rows nor v."""
+    call, query, key, value, is_audio = attention
+    first, total = 4, key.shape[2]
+    _, mass = call(mass_layers=(1, 3), mass_first_row=first, mass_keys=is_audio)
+    causal = torch.ones(total, total, dtype=torch.bool).tril()[None, None, first:]
+    expected = model.audio_mass(query, key, is_audio, causal, SCALING)
+    assert difference(mass, expected) < CLOSE
+    q, k, v = torch.autograd.grad(mass.sum(), [query, key, value], allow_unused=True)
+    assert v is None and k.any() and not q[:, :, :first].any() and q[:, :, first:].any()
 
 
-def test_save_keeps_the_layout_of_the_original(saved, tmp_path):
-    """Saved again: tensor names and values are those of transformers' own whole model; the folder's other files, and
-    what its config says beside the thinker, stay, but for the talker's switch."""
-    original = shutil.copytree(saved.folder, tmp_path / "original")
-    config = json.loads((original / "config.json").read_text())
-    config |= {"system_token_id": 17, "enable_audio_output": True}
-    (original / "config.json").write_text(json.dumps(config))
-    (original / "vocab.txt").write_text("a file of the processor")
-    module.load_policy(original).save(tmp_path / "again")
-    with (safetensors.safe_open(original / "model.safetensors", "pt") as before,
-          safetensors.safe_open(tmp_path / "again" / "model.safetensors", "pt") as after):
-        assert set(before.keys()) == set(after.keys()) and any("thinker.model.layers.0.mlp.experts.3." in name
-                                                               for name in after.keys())
-        assert all(torch.equal(before.get_tensor(name), after.get_tensor(name)) for name in before.keys())
-    again = json.loads((tmp_path / "again" / "config.json").read_text())
-    assert again["system_token_id"] == 17 and again["enable_audio_output"] is False
-    assert again["architectures"] == ["Qwen3OmniMoeForConditionalGeneration"]
-    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "preprocessor_config.json",
-                 "vocab.txt"):
-        assert (tmp_path / "again" / name).read_bytes() == (original / name).read_bytes()
-    whole = Qwen3OmniMoeForConditionalGeneration.from_pretrained(tmp_path / "again", enable_audio_output=False)
-    for (name, actual), expected in zip(whole.thinker.state_dict().items(), saved.policy.base.state_dict().values()):
-        assert torch.equal(actual, expected), name
+# ──────── memory ────────
 
 
-def test_clip_is_what_a_server_must_be_sent(family, tmp_path):
-    """clip(): the file's samples, then silence: Qwen3-Omni's to a second and to a whole frame of 160 samples."""
-    for samples in (4000, 15999, 16000, 16001, 20000):
-        path = tmp_path / f"{samples}.wav"
-        wave = np.random.default_rng(samples).uniform(-0.5, 0.5, samples).astype(np.float32)
-        soundfile.write(path, wave, 16000, subtype="FLOAT")
-        wanted = {4000: 16000, 15999: 16000, 16000: 16000, 16001: 16160, 20000: 20000}[samples]
-        clip = family.policy.clip(path)
-        assert len(clip) == (wanted if family.kind == "qwen3_omni" else samples)
-        assert np.array_equal(clip[:samples], wave) and not clip[samples:].any()
-
-
-def test_load_in_bfloat16(saved):
-    """dtype is that of the loaded weights."""
-    assert {p.dtype for p in module.load_policy(saved.folder, torch.bfloat16).parameters()} == {torch.bfloat16}
-
-
-def test_load_says_what_is_missing(copied):
-    """Errors name the folder and the file; nothing else of transformers' many words."""
-    for name in ("config.json", "preprocessor_config.json", "tokenizer_config.json"):
-        os.rename(copied / name, copied / "away")
-        message = error_of(module.load_policy, copied)
-        assert str(copied) in message and f"no {name}" in message
-        os.rename(copied / "away", copied / name)
-    assert "no config.json" in error_of(module.load_policy, copied / "nowhere")
-
-
-def test_load_with_a_tensor_missing(copied):
-    """Weights that do not cover the model are refused, not filled with random numbers."""
-    tensors = safetensors.torch.load_file(copied / "model.safetensors")
-    for name in ("thinker.model.layers.1.self_attn.q_proj.weight", "thinker.lm_head.weight"):
-        del tensors[name]
-    safetensors.torch.save_file(tensors, copied / "model.safetensors", metadata={"format": "pt"})
-    message = error_of(module.load_policy, copied)
-    assert "lack 2 tensors" in message and "lm_head.weight" in message and str(copied) in message
-
-
-def test_load_a_text_model(saved, tmp_path):
-    """A language model without audio is refused by name."""
-    config = Qwen2Config(vocab_size=332, hidden_size=16, intermediate_size=16, num_hidden_layers=1,
-                         num_attention_heads=2, num_key_value_heads=1)
-    Qwen2ForCausalLM(config).save_pretrained(tmp_path)
-    saved.policy.tokenizer.save_pretrained(tmp_path)
-    saved.policy.feature_extractor.save_pretrained(tmp_path)
-    message = error_of(module.load_policy, tmp_path)
-    assert "no audio_token_id (qwen2)" in message and str(tmp_path / "config.json") in message
-
-
-def test_chat_template_in_an_old_file(copied, saved):
-    """Older checkpoints keep the template in chat_template.json; without either file it is an error."""
-    template = (copied / "chat_template.jinja").read_text()
-    os.remove(copied / "chat_template.jinja")
-    assert "no chat template" in error_of(module.load_policy, copied)
-    (copied / "chat_template.json").write_text(json.dumps({"chat_template": template}))
-    assert same(statistics(module.load_policy(copied), saved.questions), saved.statistics)
-
-
-def test_dropout_is_off(copied, saved):
-    """Whatever the config says: in train mode, too, the statistics are those of the saved policy."""
-    config = json.loads((copied / "config.json").read_text())
-    text, audio = config["thinker_config"]["text_config"], config["thinker_config"]["audio_config"]
-    text["attention_dropout"] = audio["dropout"] = audio["attention_dropout"] = audio["activation_dropout"] = 0.4
-    (copied / "config.json").write_text(json.dumps(config))
-    assert same(statistics(module.load_policy(copied).train(), saved.questions), saved.statistics)
-
-
-def test_eos_ids(saved, copied):
-    """EOS ids of generation_config.json, one or a list, and the tokenizer's."""
-    path = copied / "generation_config.json"
-    for value, expected in ((None, [320]), (7, [7, 320]), ([7, 320], [7, 320])):
-        path.write_text(json.dumps({"eos_token_id": value} if value else {}))
-        assert module.load_policy(copied).eos_ids == expected
-
-
-# ───────────────────────────────────────────────────────── LoRA ───────────────────────────────────────────────────────
-
-
-@pytest.mark.parametrize("kind", list(BUILD))
-def test_lora(kind, tmp_path):
-    """Fresh adapters (B = 0) and disabled ones equal the base bit for bit. Decoder linears alone have them; they alone
-    learn."""
-    policy = getattr(tiny, kind)(seed=5)
-    roughen(policy.base)
-    questions = tiny.questions(tmp_path)
-    before = statistics(policy, questions)
-    linears = {n for n, m in policy.base.named_modules() if isinstance(m, torch.nn.Linear) and ".language_model." in n}
-    assert module.add_lora(policy, rank=2, alpha=8) is policy
-    assert same(statistics(policy, questions), before)
-    suffix = ".lora_A.default"
-    adapted = {n.removesuffix(suffix) for n, _ in policy.base.named_modules() if n.endswith(suffix)}
-    assert adapted == linears and len(linears) == 3 * (4 if kind == "qwen3_omni" else 7)
-    adapters = {n: p for n, p in policy.named_parameters() if p.requires_grad}
-    assert all("lora_" in n for n in adapters) and len(adapters) == 2 * len(linears)
-
-    with torch.no_grad():
-        for i, parameter in enumerate(adapters.values()):
-            parameter += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(i))
-    assert not same(statistics(policy, questions), before)
-    with policy.model.disable_adapter():
-        assert same(statistics(policy, questions), before)
-    out = policy(policy.collate([policy.encode(q) for q in questions], [[5, 6, 7], [8], [9, 10]]), 1.2, LAYERS)
-    (out.logp.sum() + mapo.audio_attention_mass(out.head_mass).sum()).backward()
-    assert {n for n, p in policy.named_parameters() if p.grad is not None} == set(adapters)
-    assert all(p.grad.any() for p in adapters.values())
-
-
-def test_lora_under_checkpointing(one_tiny):
-    """Frozen embeddings below the adapters do not cut the gradient when layers are recomputed."""
+@pytest.fixture
+def observed_forward(one_tiny, monkeypatch):
+    """One forward and backward in small blocks, and all tensors seen on the way."""
     policy, questions = one_tiny
-    module.add_lora(policy, rank=2, alpha=8)
-    grads = []
-    for checkpointing in (False, True):
-        if checkpointing:
-            policy.model.activation_checkpointing_enable({"use_reentrant": False})
-            policy.train()
-        out = policy(policy.collate([policy.encode(questions[0])], [[5, 6, 7]]), 1.2, LAYERS)
-        learnt = [p for p in policy.parameters() if p.requires_grad]
-        grads.append(torch.autograd.grad(out.logp.sum() + mapo.audio_attention_mass(out.head_mass).sum(), learnt))
-    assert any(g.any() for g in grads[0])
-    for one, other in zip(*grads):
-        assert torch.allclose(one, other, atol=1e-6)
+    columns, rows, length = 17, 4, 30
+    monkeypatch.setattr(model, "LOGIT_COLUMNS", columns)
+    monkeypatch.setattr(model, "mass_rows", lambda device: rows)
+    batch = policy.collate([policy.encode(q) for q in questions[:2]],
+                           [[5] * length, [6] * (length - 3)])
+    kept, logit_blocks, alpha_blocks = [], [], []
 
+    def recorded(function, record):
+        def call(first, second, *rest):
+            record(first, second)
+            return function(first, second, *rest)
+        return call
 
-# ───────────────────────────────────────────────────────── memory ─────────────────────────────────────────────────────
+    monkeypatch.setattr(model, "logit_block", recorded(
+        model.logit_block, lambda hidden, weight: logit_blocks.append((len(hidden), len(weight)))))
+    monkeypatch.setattr(model, "attention_weights", recorded(
+        model.attention_weights, lambda query, key: alpha_blocks.append(query.shape[2])))
 
-
-def test_nothing_of_T_by_V_or_heads_by_T_by_S_is_kept(one_tiny, monkeypatch):
-    """What outlives the forward: no logits, no attention weights, not even a chunk of either."""
-    policy, questions = one_tiny
-    monkeypatch.setattr(module, "LOGIT_COLUMNS", 17)
-    monkeypatch.setitem(module.MASS_ROWS, "cpu", 4)
-    vocabulary, length = 332, 30
-    batch = policy.collate([policy.encode(q) for q in questions[:2]], [[5] * length, [6] * (length - 3)])
-    keys = batch.input_ids.shape[1]
-    assert keys not in (32, 8, 16, vocabulary)  # the shapes of states, heads and experts are others
-    shapes, logits, alphas = [], [], []
-
-    def pack(tensor):
-        shapes.append((tensor.shape, tensor.dtype))
+    def keep(tensor):
+        kept.append((tensor.shape, tensor.dtype))
         return tensor
 
-    def counted(query, *rest):
-        alphas.append(query.shape[2])
-        return weights(query, *rest)
-
-    weights = module.AudioMass.weights
-    monkeypatch.setattr(module.AudioMass, "weights", staticmethod(counted))
-
-    def block(hidden, weight, temperature):
-        logits.append((len(hidden), len(weight)))
-        return block_logits(hidden, weight, temperature)
-
-    block_logits = module.TokenStatistics.logits
-    monkeypatch.setattr(module.TokenStatistics, "logits", staticmethod(block))
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
         out = policy(batch, 1.2, LAYERS)
-    # What Python still holds (a ctx, say), besides what autograd saved.
-    shapes += [(o.shape, o.dtype) for o in gc.get_objects() if type(o) is torch.Tensor]
+    # What Python still holds, such as the attributes of a ctx, besides what autograd saved.
+    kept += [(o.shape, o.dtype) for o in gc.get_objects() if type(o) is torch.Tensor]
     (out.logp.sum() + out.head_mass.sum()).backward()
-    assert len(shapes) > 50 and out.head_mass.shape[-1] == length
-    for shape, dtype in shapes:
-        if len(shape) == 2 and shape[0] == 2 * length - 3:  # rows of the completion tokens: states, no logits
-            assert shape[1] == 32, shape
-        if len(shape) > 3 and shape[-1] == keys and dtype.is_floating_point:  # [B, H, T, S]; a mask has one head
+    assert len(kept) > 50
+    return SimpleNamespace(policy=policy, batch=batch, columns=columns, rows=rows, kept=kept,
+                           logit_blocks=logit_blocks, alpha_blocks=alpha_blocks)
+
+
+def test_the_forward_keeps_no_logits(observed_forward):
+    """Of what has a row per completion token, only the hidden states outlive the forward."""
+    seen, head = observed_forward, observed_forward.policy.base.lm_head
+    tokens, width = int(seen.batch.completion_mask.sum()), head.weight.shape[1]
+    per_token = {shape[1] for shape, _ in seen.kept if len(shape) == 2 and shape[0] == tokens}
+    assert per_token == {width}
+    assert {rows for rows, _ in seen.logit_blocks} == {tokens}
+    assert max(columns for _, columns in seen.logit_blocks) == seen.columns
+    passes = 2  # the forward, and the backward that computes the logits again
+    assert sum(columns for _, columns in seen.logit_blocks) == passes * len(head.weight)
+
+
+def test_the_forward_keeps_no_attention_weights(observed_forward):
+    """Of what has a column per key, only masks outlive the forward: they have a single head."""
+    seen = observed_forward
+    keys = seen.batch.input_ids.shape[1]
+    config = seen.policy.base.config.get_text_config()
+    assert keys not in (config.hidden_size, config.head_dim, config.moe_intermediate_size)
+    for shape, dtype in seen.kept:
+        if len(shape) > 3 and shape[-1] == keys and dtype.is_floating_point:
             assert shape[1] == 1, shape
-    assert {rows for rows, _ in logits} == {2 * length - 3} and max(columns for _, columns in logits) == 17
-    assert sum(columns for _, columns in logits) == 2 * vocabulary  # forward and backward
-    assert max(alphas) == 4
-
-
-def test_no_graph_without_gradient(one_tiny):
-    """Under no_grad nothing is checkpointed or saved."""
-    policy, questions = one_tiny
-    with torch.no_grad():
-        out = policy(policy.collate([policy.encode(questions[0])], [[5, 6]]), 1.2, LAYERS)
-    assert not out.logp.requires_grad and not out.head_mass.requires_grad
-
-
-def test_one_question_type_for_all(tmp_path):
-    """Prompt keeps its question, features and frames as encode found them, for reports."""
-    policy = tiny.qwen3_omni()
-    question = Question("x", tiny.questions(tmp_path)[1].audio, "Which?", ("one", "two"), "two")
-    prompt = policy.encode(question)
-    assert prompt.question is question and len(prompt.features) == len(prompt.frames) == 2
-    assert [f.shape for f in prompt.features] == [(128, 130), (128, 100)]  # silence up to a second
+    assert max(seen.alpha_blocks) == seen.rows

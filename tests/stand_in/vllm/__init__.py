@@ -1,1 +1,1 @@
-"""The part of vLLM that rollout.Server talks to, for tests where vLLM is not installed."""
+"""Stands in for the part of vLLM that server.Server uses, in tests without vLLM."""

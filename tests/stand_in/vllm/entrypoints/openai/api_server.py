@@ -1,29 +1,37 @@
-"""A stand-in for `python -m vllm.entrypoints.openai.api_server`: the requests that rollout.Server makes, answered by a
-policy of transformers in this repository's own environment, and faults on demand.
+"""A stand-in for `python -m vllm.entrypoints.openai.api_server`, for tests without vLLM.
 
-Its prompt ids come from what was sent, not from the trainer: the clips of the request padded to whole frames of 10 ms,
-as vLLM does it, and its messages through the chat template. As vLLM it guards no path outside /v1 by itself, knows the
-endpoints that run methods by name only under VLLM_SERVER_DEV_MODE, and sends log-probs of the untouched distribution
-unless told otherwise. The middleware and the worker extension that the flags name are imported and used.
+It answers the requests that server.Server makes with a policy of transformers in this repository's
+own environment, and it fails on demand.
 
-STAND_IN names a json file of faults, read again on each request; counts start anew when it changes:
-    fail, drop, html: n      HTTP 500 to the next n chat completions, then n times no answer, then n times no json
-    refuse: true             HTTP 400 to chat completions
-    delay: s or [s, ...]     seconds of a chat completion, of the first, second, ... one
+Prompt ids are made from the request, not taken from the trainer: its clips are padded to whole
+frames of 10 ms, as vLLM does, and its messages go through the chat template. Like vLLM, the
+stand-in by itself guards no path outside /v1, has the endpoints that run methods by name only if
+VLLM_SERVER_DEV_MODE is 1, and sends log-probs of the unmodified distribution unless a flag says
+otherwise. It imports and uses the middleware and the worker extension that the flags name.
+
+STAND_IN names a json file of faults. It is read again on every request, and a change resets all
+counts:
+    fail, drop, html: n      the next n chat completions get HTTP 500, then n no answer, then n an
+                             answer that is not json
+    refuse: true             chat completions get HTTP 400
+    delay: s or [s, ...]     seconds that each chat completion takes, or the first, the second, ...
     wrong_prompt, short_group, nan, null, no_ids, no_tokens, no_logps, few_logps, cut, abort: true
-                             a spoilt chat completion
-    hang: true or "chat"     chat completions, and unless "chat" /metrics, are not answered any more
-    blind: true              /metrics is not answered, and its connections are closed
-    die_after: n             the process ends at the chat completion that follows n answered ones
-    die_on_push: true        ... on /collective_rpc; "late": a moment after it has answered HTTP 500
-    die_at_start: text       ... with this error before it listens
-    light: true              starts at once and without a model, for tests that sample nothing
-    refuse_push, ignore_push: true    HTTP 500 on /collective_rpc; HTTP 200 and the old weights
-    open: true or "rpc"      no key needed; none outside /v1
-    say: text                the answer to a question without a clip, as a checker gets it
-    once: true               the file is emptied when a process dies or hangs, so that its successor is sound
+                             chat completions have this defect
+    hang: true or "chat"     chat completions are no longer answered; with true, nor is /metrics
+    blind: true              connections to /metrics are closed without an answer
+    die_after: n             the process dies at the chat completion after n answered ones
+    die_on_push: true        the process dies at /collective_rpc; "late": it answers HTTP 500 and
+                             dies a moment later
+    die_at_start: text       the process dies with this error before it listens
+    light: true              starts immediately and without a model, for tests that sample nothing
+    refuse_push: true        /collective_rpc gets HTTP 500
+    ignore_push: true        /collective_rpc gets HTTP 200, but the weights stay the same
+    open: true or "rpc"      no path needs a key; "rpc": no path outside /v1 does
+    say: text                the answer to a question without a clip, as a checker asks it
+    once: true               the file is emptied when a process dies or hangs, so that the next
+                             process has no faults
 
-STAND_IN_LOG names a file that gets a line of json for each request.
+STAND_IN_LOG names a file that gets one line of json per request.
 """
 
 import argparse
@@ -44,13 +52,13 @@ from pathlib import Path
 from types import SimpleNamespace
 from urllib.parse import urlsplit
 
-GUARDED = ("/v1",)  # what vLLM's own check covers
-DEVELOPMENT = ("/pause", "/resume", "/is_paused", "/collective_rpc", "/reset_prefix_cache", "/update_weight_version",
-               "/weight_info")
+GUARDED = ("/v1",)  # the paths for which vLLM itself checks the key
+DEVELOPMENT = ("/pause", "/resume", "/is_paused", "/collective_rpc", "/reset_prefix_cache",
+               "/update_weight_version", "/weight_info")  # only with VLLM_SERVER_DEV_MODE=1
 
 
 class Faults:
-    """The file named by STAND_IN, and what was used up of its counts."""
+    """The faults in the file that STAND_IN names, and how often each was counted."""
 
     def __init__(self):
         self.lock, self.text, self.wanted, self.used = threading.Lock(), "", {}, {}
@@ -64,37 +72,40 @@ class Faults:
             return self.wanted
 
     def count(self, name):
-        """How often `name` was counted before, since the file changed."""
+        """Counts `name`. → how often it was counted before, since the file last changed"""
         with self.lock:
             self.used[name] = self.used.get(name, 0) + 1
             return self.used[name] - 1
 
-    def last(self):
-        """Before a death or a hang: with `once` the next process is a sound one."""
+    def clear_if_once(self):
+        """Called before the process dies or hangs."""
         if self.wanted.get("once"):
             self.path.write_text("")
 
     def die(self):
-        self.last()
+        self.clear_if_once()
         os._exit(1)
 
     def hang(self):
-        self.last()
+        self.clear_if_once()
         threading.Event().wait()
 
 
 class Engine:
-    """The policy, and what vLLM's workers have: a model runner that takes weights by name."""
+    """The policy, with what the worker extension uses of a vLLM worker.
+
+    That is `device`, `model_runner.get_model()` and `reload_weights`.
+    """
 
     def __init__(self, options):
         import torch
 
-        from model import load_policy
+        from checkpoint import load_policy
         torch.set_num_threads(1)
-        self.options, self.policy, self.device = options, load_policy(options.model), torch.device("cpu")
-        self.lock, self.resumed, self.version, self.tokens = threading.Lock(), threading.Event(), "default", 0
+        self.options, self.device, self.model_runner = options, torch.device("cpu"), self
+        self.policy, self.lock = load_policy(options.model), threading.Lock()
+        self.version, self.tokens, self.resumed = "default", 0, threading.Event()
         self.resumed.set()
-        self.model_runner = self
 
     def get_model(self):
         return self.policy.base
@@ -102,72 +113,84 @@ class Engine:
     def reload_weights(self, weights_iterator):
         from safetensors.torch import save_file
 
-        from model import load_policy
+        from checkpoint import load_policy
         with tempfile.TemporaryDirectory() as folder:
-            shutil.copytree(self.options.model, folder, ignore=shutil.ignore_patterns("*.safetensors*"),
-                            dirs_exist_ok=True)
-            save_file(dict(weights_iterator), Path(folder) / "model.safetensors", metadata={"format": "pt"})
+            shutil.copytree(self.options.model, folder, dirs_exist_ok=True,
+                            ignore=shutil.ignore_patterns("*.safetensors*"))
+            save_file(dict(weights_iterator), Path(folder) / "model.safetensors",
+                      metadata={"format": "pt"})
             self.policy = load_policy(folder)
 
     def call(self, method, args=(), kwargs=None, timeout=None):
-        """A method of the worker extension, by name."""
+        """Runs a method of the worker extension by its name, like /collective_rpc."""
         if not self.options.worker_extension_cls:
             raise AttributeError(f"no method {method} on the workers")
         extension = named(self.options.worker_extension_cls)()
         extension.model_runner, extension.device = self.model_runner, self.device
-        extension.reload_weights = self.reload_weights  # vLLM mixes the extension into its worker class
+        extension.reload_weights = self.reload_weights  # vLLM's worker inherits from the extension
         with self.lock:
             getattr(extension, method)(*args, **(kwargs or {}))
 
     def prompt(self, content):
-        """The content of a message → model.Prompt, from the samples and the text that were sent."""
+        """The content of a message → data.Prompt, made of the text and samples in it."""
         import numpy as np
         import soundfile
 
-        from model import Prompt, audio_token_count
+        from data import Prompt, audio_token_count, log_mel
         policy, features, parts = self.policy, [], []
-        hop = policy.feature_extractor.hop_length
+        model_type, hop = policy.base.config.model_type, policy.feature_extractor.hop_length
         for part in content:
             if part["type"] == "input_audio":
                 data = io.BytesIO(base64.b64decode(part["input_audio"]["data"]))
                 samples, rate = soundfile.read(data, dtype="float32")
                 if rate != 16000 or samples.ndim != 1 or part["input_audio"]["format"] != "wav":
-                    raise ValueError("one channel of 16 kHz in a wav file, please")
-                features.append(policy._log_mel(np.pad(samples, (0, -len(samples) % hop)), "the clip that was sent"))
+                    raise ValueError("a clip must be a wav file with one channel of 16 kHz")
+                samples = np.pad(samples, (0, -len(samples) % hop))
+                features.append(log_mel(samples, policy.feature_extractor, model_type,
+                                        "a clip of the request"))
                 part = {"type": "audio"}
             parts.append(part)
-        if len(features) > json.loads(self.options.limit_mm_per_prompt).get("audio", math.inf):
-            raise ValueError(f"At most {self.options.limit_mm_per_prompt} may be provided in one prompt.")
-        rendered = policy.tokenizer.apply_chat_template([{"role": "user", "content": parts}], tokenize=True,
-                                                        add_generation_prompt=True, return_dict=False)
-        counts = iter([audio_token_count(frames, policy.base.config) for _, frames in features])
-        ids = [i for token in rendered for i in [token] * (next(counts) if token == policy.audio_token_id else 1)]
+        limit = self.options.limit_mm_per_prompt
+        if len(features) > json.loads(limit).get("audio", math.inf):
+            raise ValueError(f"At most {limit} may be provided in one prompt.")
+        rendered = policy.tokenizer.apply_chat_template(
+            [{"role": "user", "content": parts}], tokenize=True, add_generation_prompt=True,
+            return_dict=False)
+        ids, count = [], iter([audio_token_count(frames, model_type) for _, frames in features])
+        for token in rendered:
+            ids += [token] * (next(count) if token == policy.audio_token_id else 1)
         return Prompt(SimpleNamespace(id="a request"), ids, [], *zip(*features))
 
     def complete(self, body):
-        """→ prompt ids, completions, log-probs of each."""
-        from rollout import sample
+        """The body of a chat completion → prompt ids, completions, and the log-probs of each"""
+        from rollout import Sampling, sample
         with self.lock:
             policy, prompt = self.policy, self.prompt(body["messages"][0]["content"])
-            policy.placeholder_ids = [int(i) for i, bias in body.get("logit_bias", {}).items() if bias == -100]
-            policy.eos_ids = sorted({policy.tokenizer.eos_token_id, *body.get("stop_token_ids", [])})
-            completions = sample(policy, [prompt], body.get("n", 1), temperature=body.get("temperature", 1.0),
-                                 top_k=body.get("top_k", 0), top_p=body.get("top_p", 1.0), seed=body["seed"],
-                                 repetition_penalty=body.get("repetition_penalty", 1.0),
-                                 max_new_tokens=body["max_tokens"])
+            bias = body.get("logit_bias", {})
+            policy.placeholder_ids = [int(i) for i, value in bias.items() if value == -100]
+            stop_ids = body.get("stop_token_ids", [])
+            policy.eos_ids = sorted({policy.tokenizer.eos_token_id, *stop_ids})
+            fields = ("temperature", "top_k", "top_p", "repetition_penalty")
+            sampling = Sampling(
+                max_new_tokens=body["max_tokens"],
+                **{"temperature": 1.0, **{name: body[name] for name in fields if name in body}})
+            completions = sample(policy, [prompt], body.get("n", 1), sampling, seed=body["seed"])
             self.tokens += sum(len(c.token_ids) for c in completions)
             logps = [c.logps for c in completions]
             if self.options.logprobs_mode != "processed_logprobs":
-                batch = policy.collate([prompt] * len(completions), [c.token_ids for c in completions])
-                logps = [row[:len(c.token_ids)] for row, c in zip(policy(batch).logp.tolist(), completions)]
+                batch = policy.collate([prompt] * len(completions),
+                                       [c.token_ids for c in completions])
+                logps = [row[:len(c.token_ids)]
+                         for row, c in zip(policy(batch).logp.tolist(), completions)]
         return prompt.ids, completions, logps
 
 
 class NoEngine:
-    """In the place of the Engine when `light` is wanted."""
+    """Takes the place of Engine for the fault `light`."""
 
     def __init__(self, options):
-        self.options, self.resumed, self.version, self.tokens = options, threading.Event(), "default", 0
+        self.options, self.version, self.tokens = options, "default", 0
+        self.resumed = threading.Event()
         self.resumed.set()
 
     def call(self, **_):
@@ -180,26 +203,29 @@ class Handler(BaseHTTPRequestHandler):
     in_flight, counting = 0, threading.Lock()
 
     def do_GET(self):
-        url = urlsplit("http://host" + self.requestline.split()[1])  # self.path has lost a second slash
-        body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or "null") or {}
+        # Not self.path: it turns two leading slashes into one.
+        url = urlsplit("http://host" + self.requestline.split()[1])
+        length = int(self.headers.get("Content-Length", 0))
+        body = json.loads(self.rfile.read(length) or "null") or {}
         wanted, chat = self.faults.read(), url.path == "/v1/chat/completions"
         record = {"path": url.path, "query": url.query, "pid": os.getpid()}
         with self.counting:
             Handler.in_flight += chat
             self.counted = chat
             if chat:
-                record |= {"seed": body.get("seed"), "n": body.get("n"), "in_flight": self.in_flight}
+                record |= {"seed": body.get("seed"), "n": body.get("n"),
+                           "in_flight": self.in_flight}
             if "STAND_IN_LOG" in os.environ:
                 with open(os.environ["STAND_IN_LOG"], "a") as log:
                     log.write(json.dumps(record) + "\n")
         try:
             if not self.allowed(url.path, wanted):
-                self.answer(401, {"error": "a key is needed"})
+                self.answer(401, {"error": "the key is missing or wrong"})
             elif url.path in DEVELOPMENT and os.environ.get("VLLM_SERVER_DEV_MODE") != "1":
                 self.answer(404, {"detail": "Not Found"})
             else:
                 getattr(self, url.path.rpartition("/")[2], self.nothing)(body, wanted)
-        except Exception as error:  # as vLLM: an answer, and a traceback in the log
+        except Exception as error:  # vLLM also answers with an error
             self.answer(400 if isinstance(error, ValueError) else 500, {"error": repr(error)})
         finally:
             self.ended()
@@ -207,7 +233,7 @@ class Handler(BaseHTTPRequestHandler):
     do_POST = do_GET
 
     def allowed(self, path, wanted):
-        """Asks the middleware, where there is one, then vLLM's own rule."""
+        """Asks the middleware if there is one, then applies vLLM's own rule."""
         key, given = os.environ.get("VLLM_API_KEY"), self.headers.get("Authorization", "")
         if wanted.get("open") is True:
             return True
@@ -220,7 +246,8 @@ class Handler(BaseHTTPRequestHandler):
             async def send(message):
                 sent.append(message)
 
-            scope = {"type": "http", "path": path, "headers": [(b"authorization", given.encode())] if given else []}
+            headers = [(b"authorization", given.encode())] if given else []
+            scope = {"type": "http", "path": path, "headers": headers}
             asyncio.run(self.guard(application)(scope, None, send))
             if not passed:
                 return False
@@ -232,7 +259,7 @@ class Handler(BaseHTTPRequestHandler):
             self.counted = False
 
     def answer(self, status, body):
-        self.ended()  # before the client can know
+        self.ended()  # before the client gets the answer
         data = body.encode() if isinstance(body, str) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
@@ -261,8 +288,9 @@ class Handler(BaseHTTPRequestHandler):
         if wanted.get("blind"):
             self.drop()
             return
-        self.answer(200, "# TYPE vllm:generation_tokens_total counter\n"
-                         f'vllm:generation_tokens_total{{engine="0"}} {float(self.engine.tokens)}\n')
+        name = "vllm:generation_tokens_total"
+        self.answer(200, f"# TYPE {name} counter\n"
+                         f'{name}{{engine="0"}} {float(self.engine.tokens)}\n')
 
     def weight_info(self, body, wanted):
         self.answer(200, {"weight_version": self.engine.version})
@@ -308,18 +336,22 @@ class Handler(BaseHTTPRequestHandler):
         if isinstance(body["messages"][0]["content"], str):
             if faults.count("answered") >= wanted.get("die_after", math.inf):
                 faults.die()
-            self.answer(200, {"choices": [{"message": {"content": wanted.get("say", "YES")}}]})
+            reply = wanted.get("say", "YES")
+            self.answer(200, {"choices": [{"message": {"content": reply}}]})
             return
         delay = wanted.get("delay", 0)
-        time.sleep(delay if not isinstance(delay, list) else delay[arrived] if arrived < len(delay) else 0)
-        passing = [name for name in ("fail", "drop", "html") for _ in range(wanted.get(name, 0))][arrived:arrived + 1]
+        if isinstance(delay, list):
+            delay = delay[arrived] if arrived < len(delay) else 0
+        time.sleep(delay)
+        temporary = [name for name in ("fail", "drop", "html") for _ in range(wanted.get(name, 0))]
+        fault = temporary[arrived] if arrived < len(temporary) else None
         if wanted.get("refuse"):
             self.answer(400, {"error": "The prompt is longer than the maximum model length"})
-        elif passing == ["fail"]:
-            self.answer(500, {"error": "out of luck"})
-        elif passing == ["drop"]:
+        elif fault == "fail":
+            self.answer(500, {"error": "a temporary fault"})
+        elif fault == "drop":
             self.drop()
-        elif passing == ["html"]:
+        elif fault == "html":
             self.answer(200, "<html>a proxy</html>")
         elif wanted.get("hang"):
             faults.hang()
@@ -341,15 +373,21 @@ class Handler(BaseHTTPRequestHandler):
                 values = values[:-1]
             if wanted.get("nan") or wanted.get("null"):
                 values = [math.nan if wanted.get("nan") else None, *values[1:]]
-            choice = {"index": i, "finish_reason": reason, "message": {"role": "assistant"}, "logprobs": None}
+            choice = {"index": i, "finish_reason": reason, "message": {"role": "assistant"},
+                      "logprobs": None}
             if body.get("return_token_ids") and not wanted.get("no_tokens"):
                 choice["token_ids"] = tokens
             if body.get("logprobs") and not wanted.get("no_logps"):
                 choice["logprobs"] = {"content": [{"logprob": value} for value in values]}
             choices.append(choice)
-        answer = {"object": "chat.completion", "choices": choices[::-1][bool(wanted.get("short_group")):]}
+        choices.reverse()  # the client must sort them by index
+        if wanted.get("short_group"):
+            choices = choices[1:]
+        answer = {"object": "chat.completion", "choices": choices}
         if body.get("return_token_ids") and not wanted.get("no_ids"):
-            answer["prompt_token_ids"] = [ids[0] + 1, *ids[1:]] if wanted.get("wrong_prompt") else ids
+            if wanted.get("wrong_prompt"):
+                ids = [ids[0] + 1, *ids[1:]]
+            answer["prompt_token_ids"] = ids
         return answer
 
 
@@ -372,7 +410,7 @@ def main():
     options, _ = parser.parse_known_args()
     faults = Handler.faults = Faults()
     if "die_at_start" in faults.read():
-        faults.last()
+        faults.clear_if_once()
         raise RuntimeError(faults.wanted["die_at_start"])
     if not list(Path(options.model).glob("*.safetensors")):
         raise FileNotFoundError(f"{options.model}: no weights")

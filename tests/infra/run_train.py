@@ -1,13 +1,26 @@
-"""train.py with a reward that differs, and with faults on demand: what test_distributed.py starts.
+"""train.py with another reward, and with faults on demand. test_distributed.py starts it.
 
-    run_train.py FLAGS [--then FLAGS ...]        # one run, or several after another by the same processes
+    run_train.py FLAGS [--then FLAGS ...]     # one run, or several in turn by the same processes
 
-A random model never answers in the right form, so the accuracy reward is a function of the text alone. The environment
-may ask for a fault of rank FAULT_RANK (default 0): FAULT is an act and a moment, such as `kill step 3`.
-    acts       kill: SIGKILL; raise: an exception; term: SIGTERM; term-agent: SIGTERM to torchrun's agent
-    moments    step K: before the K-th optimizer step; fsync K: before the K-th file of a state is flushed; copyfile: a
-               checkpoint is half written; before NAME, after NAME: the folder NAME is renamed, or has been
-HELD=1 writes held-RANK.json into output_dir: numbers of fp32 that the rank keeps after an optimizer step.
+A random model never answers in the right format, so the accuracy reward depends on the text alone.
+
+The environment asks for a fault of rank FAULT_RANK (default 0). FAULT is an act and a moment, such
+as `kill step 3`:
+
+    act              what happens
+    kill             SIGKILL
+    raise            an exception
+    term             SIGTERM
+    term-agent       SIGTERM to torchrun's agent
+
+    moment           when
+    step K           before the K-th optimizer step
+    fsync K          before the K-th file of a state is flushed
+    copyfile         when a checkpoint is half written
+    before NAME      before the folder NAME is renamed
+    after NAME       after that
+
+HELD=1 writes held-RANK.json into output_dir: how many numbers the rank holds after a step.
 """
 
 import contextlib
@@ -20,7 +33,8 @@ from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 
-sys.path[:0] = [path for path in (str(Path(__file__).resolve().parents[1]),) if path not in sys.path]
+ROOT = str(Path(__file__).resolve().parents[2])
+sys.path[:0] = [ROOT] if ROOT not in sys.path else []
 
 import torch
 import torch.distributed as dist
@@ -31,13 +45,15 @@ seen = Counter()
 
 
 def moment(name):
-    """Here the fault happens that was asked for."""
+    """The fault happens here if this is its moment."""
     act, _, when = os.environ.get("FAULT", "").partition(" ")
-    if when != name or os.environ.get("FAULT_RANK", "0") != os.environ.get("RANK", "0"):
+    rank = os.environ.get("RANK", "0")
+    if when != name or os.environ.get("FAULT_RANK", "0") != rank:
         return
     if act == "raise":
-        raise RuntimeError(f"the fault of rank {os.environ.get('RANK', '0')}")
-    os.kill(os.getppid() if act == "term-agent" else os.getpid(), signal.SIGKILL if act == "kill" else signal.SIGTERM)
+        raise RuntimeError(f"the fault of rank {rank}")
+    process = os.getppid() if act == "term-agent" else os.getpid()
+    os.kill(process, signal.SIGKILL if act == "kill" else signal.SIGTERM)
 
 
 def counted(name, function):
@@ -62,9 +78,11 @@ def install():
 
     train.accuracy_reward = lambda text, *_: float(len(text) % 2)
     Path.rename, shutil.copyfile = rename, copyfile
-    torch.optim.AdamW.step, os.fsync = counted("step", torch.optim.AdamW.step), counted("fsync", os.fsync)
+    torch.optim.AdamW.step = counted("step", torch.optim.AdamW.step)
+    os.fsync = counted("fsync", os.fsync)
     if "HELD" in os.environ:
-        train.update, train.freeze = held_after(train.update), held_by_reference(train.freeze)
+        train.update = held_after(train.update)
+        train.reference_passes = held_by_reference(train.reference_passes)
 
 
 def numbers(tensors):
@@ -72,23 +90,24 @@ def numbers(tensors):
 
 
 def held_after(update):
-    def call(policy, optimizer, batch, rows, config, measure, team):
-        result = update(policy, optimizer, batch, rows, config, measure, team)
-        parameters = list(policy.parameters())
+    def call(batch, rows, step, run):
+        result = update(batch, rows, step, run)
+        parameters = list(run.policy.parameters())
         held = {"weights": numbers(parameters),
                 "gradients": numbers(p.grad for p in parameters if p.grad is not None),
-                "AdamW": numbers(v for state in optimizer.state.values() for n, v in state.items() if n != "step"),
+                "AdamW": numbers(value for state in run.optimizer.state.values()
+                                 for name, value in state.items() if name != "step"),
                 "reference": seen["reference"]}
-        Path(config.output_dir, f"held-{team.rank}.json").write_text(json.dumps(held))
+        Path(run.config.output_dir, f"held-{run.team.rank}.json").write_text(json.dumps(held))
         return result
     return call
 
 
-def held_by_reference(freeze):
-    def call(batch, policy, reference, config, *more):
-        with reference() as frozen:
-            seen["reference"] = 0 if frozen is policy else numbers(frozen.parameters())
-        return freeze(batch, policy, reference, config, *more)
+def held_by_reference(reference_passes):
+    def call(batch, run):
+        with run.reference() as frozen:
+            seen["reference"] = 0 if frozen is run.policy else numbers(frozen.parameters())
+        return reference_passes(batch, run)
     return call
 
 
@@ -110,7 +129,7 @@ def main(arguments):
 
 @contextlib.contextmanager
 def part_of(team, number):
-    """The team of one of several runs in a job: the job's processes and groups, and a store of its own."""
+    """The team for one of several runs: the job's processes and groups, but a store of its own."""
     team = replace(team, store=dist.PrefixStore(f"run-{number}", team.store))
     yield team
     if team.leads:
@@ -118,7 +137,7 @@ def part_of(team, number):
 
 
 def forked(arguments, environment, output):
-    """The same in a process that was forked from one with all modules loaded."""
+    """main() in a process that was forked from one with all modules loaded."""
     os.setsid()
     os.environ.update(environment)
     log = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)

@@ -1,6 +1,9 @@
-"""What the vLLM server loads from us, in its own interpreter: exact weight reloading, and a key on every endpoint.
+"""What vLLM loads from this repository, in its own interpreter: two small classes.
 
-rollout.py starts the server with `--worker-extension-cls vllm_worker.WeightReload --middleware vllm_worker.RequireKey`.
+server.py starts vLLM with these two flags:
+
+    --worker-extension-cls vllm_worker.WeightReload      reloads weights exactly
+    --middleware vllm_worker.RequireKey                  asks for a key on every endpoint
 """
 
 import hmac
@@ -11,13 +14,18 @@ from safetensors import safe_open
 
 
 class WeightReload:
-    """Mixed into every vLLM worker; `POST /collective_rpc {"method": "load_folder", …}` calls it there."""
+    """vLLM mixes this class into each of its workers.
+
+    `POST /collective_rpc {"method": "load_folder", …}` calls the method on all of them.
+    """
 
     def load_folder(self, folder):
-        """Replaces the weights by those of the *.safetensors in `folder`, in the layout of the original checkpoint.
+        """Replaces the weights by those in the *.safetensors files of a checkpoint folder.
 
-        On a CPU vLLM repacks the expert weights at loading, and skips that while a layer's `moe_kernel` from the last
-        loading stands: reloading would then corrupt every expert without an error (measured with 0.32.0).
+        On a CPU vLLM repacks the expert weights after loading them, but skips this for a layer that
+        still has the `moe_kernel` of the previous loading. Every expert would then be wrong, and
+        vLLM would not notice (measured with 0.32.0). So we remove the kernel first.
+        Raises FileNotFoundError if the folder has no such file.
         """
         for layer in self.model_runner.get_model().modules():
             method = getattr(layer, "quant_method", None)
@@ -37,8 +45,11 @@ def _tensors(folder):
 
 
 class RequireKey:
-    """ASGI middleware: 401 for every request without the key, but for /health. vLLM's own check leaves the paths
-    outside /v1 open, among them those that run methods by name."""
+    """ASGI middleware: answers 401 to every request without the key, except for /health.
+
+    vLLM's own check covers only the paths under /v1. The paths that run methods by name lie outside
+    of it.
+    """
 
     def __init__(self, app):
         self.app, self.expected = app, f"Bearer {os.environ['VLLM_API_KEY']}".encode()

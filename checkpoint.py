@@ -1,0 +1,348 @@
+"""Checkpoint folders: load and check a model, save it, add LoRA, and states to resume from.
+
+    policy = load_policy(folder)
+    save_checkpoint(policy, output_dir / "checkpoint", team)     # transformers, vLLM and we read it
+    save_state(output_dir / "state", step, run, batch)           # resume reads it
+
+Folders are written beside their final place and renamed when whole, so an interrupted run leaves
+no half checkpoint.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import json
+import shutil
+import warnings
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
+from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
+                                                     set_state_dict)
+from torch.distributed.tensor import DTensor
+from transformers import (AutoConfig, AutoModelForMultimodalLM, AutoTokenizer, GenerationConfig,
+                          Qwen2_5OmniForConditionalGeneration,
+                          Qwen3OmniMoeForConditionalGeneration,
+                          WhisperFeatureExtractor)
+
+from config import MAY_CHANGE
+from data import InputError, audio_token_count
+from model import Policy
+
+# The checkpoints on the hub hold the whole Omni model. We train its thinker.
+WHOLE_MODEL = {"qwen3_omni_moe_thinker": Qwen3OmniMoeForConditionalGeneration,
+               "qwen2_5_omni_thinker": Qwen2_5OmniForConditionalGeneration}
+
+
+# ──────── loading ────────
+
+
+def load_policy(folder, dtype=torch.float32, meta=False):
+    """A checkpoint folder → Policy. A whole Omni checkpoint (keys `thinker.*`) gives its thinker.
+
+    meta: on the meta device, i.e. shapes without weights. Reads config.json, the safetensors, the
+    tokenizer, the chat template and preprocessor_config.json; uses no network. Dropout is set to 0
+    everywhere: old_logp, the update's logp and the sampler must be the same distribution.
+    Raises InputError naming the folder or file when a part is missing or broken, when the config
+    has no audio_token_id, or when the weights do not cover the model.
+    """
+    folder = Path(folder)
+    if not (folder / "config.json").is_file():
+        raise InputError(f"{folder}: no config.json; give the folder of a transformers checkpoint")
+    for names in (("preprocessor_config.json",), ("tokenizer_config.json",),
+                  ("tokenizer.json", "vocab.json")):
+        if not any((folder / name).is_file() for name in names):
+            raise InputError(f"{folder}: no {' or '.join(names)}; copy it from the original "
+                             "checkpoint")
+    try:
+        return _load(folder, dtype, meta)
+    except InputError:
+        raise
+    except (OSError, RuntimeError, ValueError, SafetensorError) as error:  # from transformers
+        # A RuntimeError is a broken folder only when shapes do not match. Others are ours, or
+        # memory that ran out.
+        if isinstance(error, RuntimeError) and "ignore_mismatched_sizes" not in str(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise InputError(f"{folder}: cannot be loaded ({reason}); the folder must hold a whole "
+                         "transformers checkpoint") from error
+
+
+def _load(folder, dtype, meta):
+    full_config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    config = getattr(full_config, "thinker_config", full_config)
+    if getattr(config, "audio_token_id", None) is None:
+        raise InputError(f"{folder}/config.json: no audio_token_id ({config.model_type}); an audio "
+                         "language model is needed")
+    for part in (config, config.get_text_config(), getattr(config, "audio_config", config)):
+        for name in ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop"):
+            if hasattr(part, name):
+                setattr(part, name, 0.0)
+    saved_dtype = (getattr(full_config, "dtype", None) or getattr(config, "dtype", None)
+                   or torch.float32)
+    if meta:
+        with torch.device("meta"):
+            model = AutoModelForMultimodalLM.from_config(config, dtype=dtype)
+        missing = []
+        if (folder / "generation_config.json").is_file():
+            model.generation_config = GenerationConfig.from_pretrained(folder,
+                                                                       local_files_only=True)
+    else:
+        model, info = AutoModelForMultimodalLM.from_pretrained(
+            folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True)
+        missing = sorted(info["missing_keys"])
+    if missing:
+        raise InputError(f"{folder}: the weights lack {len(missing)} tensors, the first is "
+                         f"{missing[0]}; the checkpoint is incomplete")
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    if tokenizer.chat_template is None:  # older checkpoints keep it in a file of the processor
+        file = folder / "chat_template.json"
+        if not file.is_file():
+            raise InputError(f"{folder}: no chat template (chat_template.jinja or .json); copy it "
+                             "from the original checkpoint")
+        tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+    extractor = WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
+    return make_policy(model, tokenizer, extractor, folder,
+                       full_config if config is not full_config else None, saved_dtype)
+
+
+def make_policy(model, tokenizer, feature_extractor, folder=None, full_config=None,
+                saved_dtype=None):
+    """A Policy around a transformers model, in eval mode.
+
+    Its text decoder gets our attention function; the audio encoder keeps its own.
+    """
+    model.set_attn_implementation({"text_config": "audio_mass"})
+    return Policy(model, tokenizer, feature_extractor, folder, full_config, saved_dtype).eval()
+
+
+def check_policy(policy, questions, target_layers):
+    """Checks the model against the questions before anything is trained or generated.
+
+    L_tgt must exist, no question may contain a placeholder, and for the first question the encoder
+    must make as many audio tokens as the prompt has placeholders. Raises InputError.
+    """
+    placeholders = policy.tokenizer.convert_ids_to_tokens(policy.placeholder_ids)
+    for q in questions:
+        for placeholder in placeholders:
+            if any(placeholder in text for text in (q.question, *q.choices)):
+                raise InputError(f"question {q.id}: its text contains {placeholder}, the "
+                                 "placeholder of audio; remove it")
+    for layer in target_layers:
+        if not 0 <= layer < policy.num_layers:
+            raise InputError(f"target_layers: {layer} is out of range; the model has layers 0 to "
+                             f"{policy.num_layers - 1}")
+    if not target_layers or len(set(target_layers)) < len(target_layers):
+        raise InputError(f"target_layers: {list(target_layers)}; give at least one layer, and each "
+                         "only once")
+    question = questions[0]
+    prompt = policy.encode(question)
+    batch = policy.collate([prompt], [[]]).to(policy.device)
+    wanted = sum(audio_token_count(n, policy.base.config.model_type) for n in prompt.frames)
+    reason = ""
+    try:
+        with torch.no_grad():
+            if hasattr(policy.base, "get_audio_features"):
+                features = policy.base.get_audio_features(**batch.audio)
+                made = features.last_hidden_state.shape[-2]
+            else:  # Qwen2-Audio; its forward compares the counts itself
+                policy(batch)
+                made = wanted
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, ValueError) as error:  # from the encoders
+        made, reason = "no", f" ({' '.join(str(error).split())[:200]})"
+    if made != wanted:
+        raise InputError(f"question {question.id}: the audio encoder makes {made} tokens{reason}, "
+                         f"but the prompt has {wanted} placeholders; check n_window and the "
+                         "feature extractor's hop length in the model folder")
+
+
+def add_lora(policy, rank, alpha):
+    """LoRA adapters (peft) on the linear layers of the text decoder. → policy, changed in place
+
+    Those are the attention, and the MLP where it is dense. All other parameters are frozen. The
+    30B's experts are fused tensors and get no adapters. (ours: the paper does not say which layers)
+    """
+    from peft import LoraConfig, get_peft_model  # slow to import, and only LoRA runs need it
+
+    # Full names: peft reduces patterns to bare suffixes, which would adapt the audio encoder too.
+    decoder = set(policy.base.model.language_model.modules())
+    names = [name for name, module in policy.base.named_modules()
+             if isinstance(module, torch.nn.Linear) and module in decoder]
+    lora = LoraConfig(r=rank, lora_alpha=alpha, lora_dropout=0.0, target_modules=names)
+    policy.model = get_peft_model(policy.base, lora)
+    return policy
+
+
+# ──────── saving ────────
+
+
+def save_checkpoint(policy, folder, team):
+    """Writes a folder that transformers, vLLM and load_policy read. All ranks call it.
+
+    Under LoRA the adapter alone is written beside it, as adapter…/ in place of checkpoint…/.
+    """
+    building = folder.with_name(f".{folder.name}.writing")
+    if team.leads:
+        shutil.rmtree(building, ignore_errors=True)
+    save_policy(policy, building)
+    if policy.model is not policy.base:
+        save_adapter(policy, folder.with_name(folder.name.replace("checkpoint", "adapter")))
+    if team.leads:
+        shutil.rmtree(folder, ignore_errors=True)
+        building.rename(folder)
+
+
+def save_policy(policy, folder):
+    """Writes a checkpoint folder in the original layout, LoRA merged. All ranks call it.
+
+    A thinker is written as the whole Omni model without its talker: keys `thinker.*`, audio output
+    off. Tokenizer, chat template and processor files are copied from the folder that the policy
+    was loaded from.
+    """
+    folder, weights = Path(folder), whole_weights(policy)
+    if not weights:  # a rank other than 0
+        return
+    whole = WHOLE_MODEL.get(policy.base.config.model_type)
+    config = copy.deepcopy(policy.base.config)
+    config.dtype = policy.saved_dtype
+    if whole is not None:
+        thinker, config = config, copy.deepcopy(policy.full_config) or whole.config_class()
+        config.thinker_config, config.enable_audio_output = thinker, False
+        config.dtype = policy.saved_dtype
+        weights = {f"thinker.{name}": tensor for name, tensor in weights.items()}
+    with torch.device("meta"):
+        shell = (whole or type(policy.base))(config)  # names and configuration, no weights
+    shell.generation_config = policy.base.generation_config
+    shell.save_pretrained(folder, state_dict=weights)
+    if policy.folder is None:
+        policy.tokenizer.save_pretrained(folder)
+        policy.feature_extractor.save_pretrained(folder)
+        return
+    written = ("config.json", "generation_config.json", "model.safetensors.index.json")
+    for file in policy.folder.iterdir():
+        if file.suffix in (".json", ".jinja", ".txt") and file.name not in written:
+            shutil.copyfile(file, folder / file.name)
+
+
+def whole_weights(policy):
+    """name → tensor of the transformers model, on the CPU. Under LoRA: W + (α/r)·B·A.
+
+    All ranks of a sharded policy call it. Tensors are gathered one at a time, and only rank 0 gets
+    them; the others get {}.
+    """
+    whole = _gathered(policy.base.state_dict())
+    merged = {}
+    for name, tensor in whole.items():
+        module_name, _, leaf = name.partition(".base_layer.")
+        if leaf == "weight":
+            b, a = (whole[f"{module_name}.lora_{x}.default.weight"] for x in "BA")
+            scaling = policy.base.get_submodule(module_name).scaling["default"]  # α/r
+            tensor = tensor + b @ a * scaling
+        if ".lora_" not in name:
+            merged[name.replace(".base_layer.", ".")] = tensor.to(policy.saved_dtype)
+    return merged
+
+
+def save_adapter(policy, folder):
+    """Writes the LoRA adapter alone, as peft reads it. All ranks call it; rank 0 writes."""
+    state = policy.model.state_dict()
+    adapter = _gathered({name: tensor for name, tensor in state.items() if ".lora_" in name})
+    if adapter:
+        policy.model.save_pretrained(folder, state_dict=adapter)
+
+
+def _gathered(state):
+    """Tensors, sharded or not → name → whole tensor on the CPU of rank 0; {} on other ranks."""
+    keeps, whole = not dist.is_initialized() or dist.get_rank() == 0, {}
+    for name, tensor in state.items():
+        tensor = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
+        if keeps:
+            whole[name] = tensor
+    return whole
+
+
+# ──────── states to resume from ────────
+
+
+def save_state(folder, step, run, batch):
+    """Writes folder/step-<step>, from which a run continues as if it had never stopped.
+
+    Every rank writes its shard of weights and optimizer (torch.distributed.checkpoint). Rank 0
+    adds the schedule, the step, the config and the generation batch that is not used up (or None).
+    The last two states are kept. All ranks call it.
+    """
+    team = run.team
+    building, final = folder / f".step-{step}.writing", folder / f"step-{step}"
+    if team.leads:
+        shutil.rmtree(building, ignore_errors=True)
+        building.mkdir(parents=True)
+    team.gather(None)  # no rank writes before the folder exists
+    options = StateDictOptions(ignore_frozen_params=True)
+    weights, moments = get_state_dict(run.policy, run.optimizer, options=options)
+    with _without_warning():
+        dcp.save({"weights": weights, "optimizer": moments}, checkpoint_id=building,
+                 process_group=team.group, no_dist=team.size == 1)
+    torch.save(torch.get_rng_state(), building / f"rng-{team.rank}.pt")
+    if team.leads:
+        torch.save({"step": step, "schedule": run.schedule.state_dict(),
+                    "config": dataclasses.asdict(run.config),
+                    "batch": vars(batch) if batch else None}, building / "run.pt")
+    team.gather(None)  # every rank has written
+    if team.leads:
+        shutil.rmtree(final, ignore_errors=True)
+        building.rename(final)
+        for old in sorted(folder.glob("step-*"), key=_step_of)[:-2]:
+            shutil.rmtree(old)
+    team.gather(None)
+
+
+def resume(policy, optimizer, schedule, config, team):
+    """Loads the newest whole state of output_dir, written by any number of ranks.
+
+    → (steps done, the fields of the generation batch that is not used up, or None). Raises
+    InputError when there is no state, or when a field that matters has changed.
+    """
+    folder = newest_state(Path(config.output_dir) / "state", team)
+    if folder is None:
+        raise InputError(f"{config.output_dir}/state: no whole state to resume from; leave out "
+                         "--resume")
+    saved = torch.load(folder / "run.pt", weights_only=False)  # our own file, of plain objects
+    for name, value in saved["config"].items():
+        if name not in MAY_CHANGE and getattr(config, name, value) != value:
+            raise InputError(f"{name} is {getattr(config, name)!r} and was {value!r} when {folder} "
+                             "was saved; resume with the same value, or start a new run")
+    options = StateDictOptions(ignore_frozen_params=True, strict=False)
+    weights, moments = get_state_dict(policy, optimizer, options=options)
+    with _without_warning():
+        dcp.load({"weights": weights, "optimizer": moments}, checkpoint_id=folder,
+                 process_group=team.group, no_dist=team.size == 1)
+    set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments,
+                   options=options)
+    schedule.load_state_dict(saved["schedule"])
+    generator = folder / f"rng-{team.rank}.pt"
+    if generator.is_file():
+        torch.set_rng_state(torch.load(generator))
+    return saved["step"], saved["batch"]
+
+
+def newest_state(folder, team):
+    """The newest whole state under `folder`, or None. A state is whole once it is renamed."""
+    states = sorted(folder.glob("step-*"), key=_step_of)
+    return team.broadcast(states[-1] if states else None)
+
+
+def _step_of(folder):
+    return int(folder.name.removeprefix("step-"))
+
+
+@contextlib.contextmanager
+def _without_warning():
+    """Hides torch's warning that torch.distributed is not in use: one process is fine here."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield

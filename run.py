@@ -1,0 +1,305 @@
+"""What a run needs before line 1 of Algorithm 1: checked inputs, models, optimizer and servers.
+
+    with join(config) as team, open_run(config, team) as run:
+        ...   # run.policy, run.reference, run.optimizer, run.questions, run.server, …
+
+Everything a user can get wrong is checked here, before anything is written.
+"""
+
+import contextlib
+import copy
+import importlib.util
+import math
+import shutil
+import signal
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from transformers import get_cosine_schedule_with_warmup
+
+from checkpoint import (WHOLE_MODEL, add_lora, check_policy, load_policy, resume, save_checkpoint,
+                        save_policy, save_state)
+from config import TrainConfig, vllm_python
+from data import InputError, read_avqa, read_questions
+from distributed import Team, fill, launch, shard
+from model import Policy
+from rewards import CheckerError, check_consistency
+from rollout import check_push, push_weights
+from server import Command, Server
+
+
+@dataclass
+class Run:
+    """What Algorithm 1 works with. `reference()` is a context that yields the frozen π_ref."""
+
+    config: TrainConfig
+    team: Team
+    policy: Policy  # π_θ
+    reference: Callable  # π_ref, and without audio π_text-ref
+    questions: list
+    eval_questions: list
+    optimizer: torch.optim.Optimizer = None
+    schedule: object = None
+    steps_done: int = 0  # optimizer steps, including those before a resume
+    unfinished: dict = None  # fields of the generation batch that a resumed run continues with
+    server: Server = None  # of the rollouts; rank 0 alone has it
+    checker: Server = None
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    ahead: tuple = None  # the sampling that async_rollouts started for the next iteration
+    checks: int = 0  # comparisons of log-probs after a push
+    stop: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM
+
+
+@contextlib.contextmanager
+def open_run(config, team):
+    """Reads and checks the inputs, loads the models, resumes, starts the servers → Run.
+
+    Raises InputError before anything is written.
+    """
+    questions, eval_questions, policy, reference = open_inputs(config, team)
+    run = Run(config, team, policy, reference, questions, eval_questions)
+    run.optimizer, run.schedule = make_optimizer(policy, config)
+    if config.resume:
+        run.steps_done, run.unfinished = resume(policy, run.optimizer, run.schedule, config, team)
+    with (stop_on_sigterm(run.stop),
+          open_servers(config, policy, [*questions, *eval_questions], team) as servers):
+        run.server, run.checker = servers
+        try:
+            yield run
+        finally:
+            run.pool.shutdown(wait=False, cancel_futures=True)
+
+
+# ──────── inputs ────────
+
+
+def open_inputs(config, team):
+    """→ questions, eval questions, policy, reference, on every rank.
+
+    In a team rank 0 reads and checks for all. It alone holds the whole weights, on its CPU, while
+    it sends them. Raises InputError; writes nothing.
+    """
+    whole, questions, eval_questions = None, None, None
+    if team.leads:
+        check_settings(config)
+        questions, eval_questions, whole = read_inputs(config)
+    questions, eval_questions = team.broadcast((questions, eval_questions))
+    if team.size == 1:
+        reference = make_reference(set_trainable(whole, config), config)
+        whole.to(team.device)
+        return questions, eval_questions, whole, reference
+    dtype = torch.bfloat16 if team.device.type == "cuda" else None
+    frozen = None
+    if not config.lora_rank:  # under LoRA the reference is the policy without its adapters
+        frozen = load_policy(config.model, dtype or torch.float32, meta=True)
+        frozen = fill(shard(frozen.requires_grad_(False), team, dtype), whole, team).eval()
+    if team.leads:
+        set_trainable(whole, config)
+    policy = set_trainable(load_policy(config.model, meta=True), config)
+    policy = fill(shard(policy, team, dtype), whole, team)
+    return questions, eval_questions, policy, make_reference(policy, config, frozen)
+
+
+def check_settings(config):
+    """Checks what a config alone can tell: paths, addresses, interpreters. Raises InputError."""
+    for name in ("model", "data"):
+        if not getattr(config, name):
+            raise InputError(f"{name} is empty: give --{name}, or a recipe that sets it")
+    uses_checker = config.reward_weights[2] != 0
+    is_url, is_rule = config.checker.startswith("http"), config.checker == "rule"
+    is_folder = (Path(config.checker or "-") / "config.json").is_file()
+    if uses_checker and not (is_url or is_rule or is_folder):
+        raise InputError(f"checker is {config.checker!r}: give the URL of the consistency checker, "
+                         "the folder of a model to start vLLM on, `rule`, or a λ_cons of 0")
+    starts_rollouts = config.rollout == "vllm" and not config.vllm_url
+    starts_checker = uses_checker and Path(config.checker).is_dir()
+    if (starts_rollouts or starts_checker) and not vllm_python(config).is_file():
+        raise InputError(f"vllm_python {vllm_python(config)}: no such interpreter; `make vllm` "
+                         "builds the vLLM environment, see requirements-vllm.txt")
+    if config.vllm_url and not config.vllm_url.startswith("http"):
+        raise InputError(f"vllm_url is {config.vllm_url!r}: give a URL, as http://127.0.0.1:8000")
+    if config.vllm_url:
+        Server(config.model, url=config.vllm_url)  # refuses an address without a key
+    if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
+        raise InputError(f"report_to is {config.report_to}, which is not installed: pip install "
+                         f"{config.report_to}")
+    output_dir = Path(config.output_dir).resolve()
+    existing = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
+    if not existing.is_dir():
+        raise InputError(f"output_dir {config.output_dir}: {existing} is a file; give a folder")
+    if output_dir in (Path(config.model).resolve(), *Path(config.model).resolve().parents):
+        raise InputError(f"output_dir {config.output_dir} holds the model that this run starts "
+                         "from; give another folder")
+    if uses_checker and is_url:
+        probe = {"think": "<think>2 is even.</think>even",
+                 "reasoning": "<reasoning>2 is even.</reasoning><answer>even</answer>"}
+        try:
+            check_consistency([probe[config.format_style]], config)
+        except CheckerError as error:
+            raise InputError(f"checker: {error}") from error
+
+
+def read_inputs(config):
+    """→ questions, eval questions, and the policy with whole weights on the CPU."""
+    if config.data_format == "avqa":
+        questions = read_avqa(config.data, config.audio_root)
+    else:
+        questions = read_questions(config.data)
+    eval_questions = read_questions(config.eval_data) if config.eval_data else []
+    torch.manual_seed(config.seed)
+    policy = load_policy(config.model)
+    check_policy(policy, [*questions, *eval_questions], config.target_layers)
+    return questions, eval_questions, policy
+
+
+# ──────── models and optimizer ────────
+
+
+def set_trainable(policy, config):
+    """Chooses the trained parameters, adds LoRA, turns checkpointing on. → policy, in place"""
+    policy.requires_grad_(False)
+    if config.lora_rank:
+        add_lora(policy, config.lora_rank, config.lora_alpha)
+    else:
+        policy.base.requires_grad_(True)
+        frozen = ["visual"]  # the vision tower, which no forward runs
+        if config.freeze_audio_tower:
+            frozen += ["audio_tower", "multi_modal_projector"]
+        for name in frozen:
+            if hasattr(policy.base.model, name):
+                getattr(policy.base.model, name).requires_grad_(False)
+    if config.gradient_checkpointing:
+        policy.base.activation_checkpointing_enable({"use_reentrant": False})
+    return policy
+
+
+def make_reference(policy, config, frozen=None):
+    """→ a context manager that yields the frozen initial policy, π_ref and π_text-ref.
+
+    Under LoRA that is the policy with its adapters disabled, without a copy. Otherwise it is
+    `frozen`, or a copy made now.
+    """
+    if config.lora_rank:
+        @contextlib.contextmanager
+        def reference():
+            with policy.model.disable_adapter():
+                yield policy
+        return reference
+    if frozen is None:
+        frozen = copy.deepcopy(policy).requires_grad_(False).eval()
+
+    @contextlib.contextmanager
+    def reference():
+        yield frozen.to(policy.device)
+        if config.offload_reference:
+            frozen.to("cpu")
+    return reference
+
+
+def make_optimizer(policy, config):
+    """AdamW, weight decay on matrices only, and a cosine schedule with warm-up."""
+    trained = [p for p in policy.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(
+        [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
+         {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}],
+        lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2))
+    warmup = math.ceil(config.warmup_ratio * config.max_steps)
+    return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, config.max_steps)
+
+
+# ──────── servers ────────
+
+
+@contextlib.contextmanager
+def open_servers(config, policy, questions, team):
+    """Starts the vLLM servers that a run asks for → (rollout server or None, checker's or None).
+
+    Only rank 0 of a team talks to them. Where a node serves, they run on that node.
+    """
+    folder, server, checker = Path(config.output_dir).resolve(), None, None
+    served = Path(config.model).resolve()
+    is_thinker = policy.full_config is None and policy.base.config.model_type in WHOLE_MODEL
+    if config.rollout == "vllm" and is_thinker:  # vLLM serves a thinker only in its whole model
+        served = folder / "weights" / "version-0"
+        save_policy(policy, served)
+    with contextlib.ExitStack() as stack:
+        if not team.leads:
+            yield None, None
+            return
+        folder.mkdir(parents=True, exist_ok=True)  # for the servers' logs
+        if config.rollout == "vllm":  # remove the pushed weights at the end
+            stack.callback(shutil.rmtree, folder / "weights", ignore_errors=True)
+        if config.rollout == "vllm" and config.vllm_url:
+            server = stack.enter_context(Server(served, url=config.vllm_url))
+        elif config.rollout == "vllm":
+            command = Command(vllm_python(config), folder / "vllm.log", config.vllm_flags,
+                              clips=max(len(q.audio) for q in questions))
+            server = launch(stack, team, "rollout", served, command)
+        if config.reward_weights[2] != 0 and Path(config.checker).is_dir():
+            # They share the GPUs, and vLLM measures the free memory while it starts: one by one.
+            if server and server.ours:
+                server.wait()
+            command = Command(vllm_python(config), folder / "checker.log", config.checker_flags)
+            checker = launch(stack, team, "checker", Path(config.checker).resolve(), command,
+                             weights_change=False, name=config.checker_model)
+        yield server, checker
+
+
+def update_server(run, iteration, prompts):
+    """Gives the rollout server the weights of now, if it does not have them. → seconds
+
+    Compares log-probs at the start, after the first push, and then every check_push_every
+    iterations: a server that accepts a push may still have loaded it wrongly.
+    """
+    config, team = run.config, run.team
+    if config.rollout == "local":
+        return 0.0
+    started = time.perf_counter()
+    changed = team.broadcast(team.leads and run.server.version != run.steps_done)
+    if changed:
+        push_weights(run.server, run.policy, Path(config.output_dir) / "weights", run.steps_done)
+    due = run.checks == 1 or iteration % config.check_push_every == 0
+    if run.checks == 0 or changed and due:
+        check_push(run.server, run.policy, prompts[:4], temperature=config.temperature,
+                   max_gap=config.max_push_gap, seed=config.seed, broadcast=team.broadcast)
+        run.checks += 1
+    return time.perf_counter() - started
+
+
+# ──────── between the steps ────────
+
+
+@contextlib.contextmanager
+def stop_on_sigterm(event):
+    """SIGTERM sets the event: the run finishes its step, saves its state and ends."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python handles signals in the main thread only
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: event.set())
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def after_step(step, batch, run):
+    """Saves the state and exports checkpoints when they are due. → True if the run must stop"""
+    config, team, folder = run.config, run.team, Path(run.config.output_dir)
+    stopping = any(team.gather(run.stop.is_set()))
+    save_due = config.save_every and step % config.save_every == 0
+    export_due = config.export_every and step % config.export_every == 0
+    if step < config.max_steps and (stopping or save_due):
+        unfinished = batch if step % config.steps_per_generation else None
+        save_state(folder / "state", step, run, unfinished)
+    if stopping:
+        if team.leads:
+            print(f"{config.output_dir}: stopped by SIGTERM after step {step}; --resume true "
+                  "continues from there")
+    elif export_due and step < config.max_steps:
+        save_checkpoint(run.policy, folder / f"checkpoint-{step}", team)
+    return stopping

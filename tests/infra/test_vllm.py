@@ -1,0 +1,396 @@
+"""The server on a real vLLM, with the toy's checkpoint: what it samples, what a push changes, and
+what is left of it when something is killed. Skipped unless vLLM's environment exists."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import httpx
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import (PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
+                          RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper,
+                          TopKLogitsWarper, TopPLogitsWarper)
+
+import evaluate
+import model
+from checkpoint import load_policy
+from config import TrainConfig
+import server as server_module
+import toy
+from data import read_questions
+from processes import members, torchrun, wait_for_end
+from rewards import CHECKER_PROMPT, CheckerError, check_consistency, consistency_rewards
+from rollout import Sampling, check_push, push_weights, sample
+from server import Command, RolloutError, Server
+from serving import DEVELOPMENT_PATHS, ROOT, change_weights, count_groups
+from tiny import lines
+
+PYTHON = ROOT / ".venv-vllm" / "bin" / "python"
+FLAGS = "--enforce-eager --max-model-len 512 --max-num-seqs 64 --no-enable-chunked-prefill"
+pytestmark = [pytest.mark.vllm,
+              pytest.mark.skipif(not PYTHON.is_file(), reason="no .venv-vllm; run `make vllm`")]
+
+
+@pytest.fixture(scope="module")
+def world():
+    return toy.prepare(ROOT / "runs" / "toy-world-0", 0)
+
+
+def load(world, count=8):
+    policy = load_policy(world / "model")
+    return policy, [policy.encode(q) for q in read_questions(world / "test.jsonl")[:count]]
+
+
+@pytest.fixture(scope="module")
+def served(world, tmp_path_factory):
+    """(server, a folder for pushes). A test that changes the policy pushes its weights."""
+    folder = tmp_path_factory.mktemp("served")
+    command = Command(python=PYTHON, log=folder / "vllm.log", flags=FLAGS)
+    with Server(world / "model", command) as server:
+        yield server, folder
+        group = server.process.pid
+    assert wait_for_end(group)
+
+
+@torch.no_grad()
+def gap(policy, prompts, completions, sampling):
+    """Largest difference of the server's log-probs from those of the trainer's own logits.
+
+    One completion at a time, cut and renormalised by transformers' processors.
+    """
+    worst, group_size = 0.0, len(completions) // len(prompts)
+    for i, completion in enumerate(completions):
+        prompt, ids = prompts[i // group_size], completion.token_ids
+        batch = policy.collate([prompt], [ids])
+        output = policy.base.model(
+            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
+            position_ids=model.positions(batch.attention_mask), **batch.audio)
+        logits = policy.base.lm_head(output.last_hidden_state[0, len(prompt.ids) - 1:-1])
+        logits[:, policy.placeholder_ids] = -torch.inf
+        for t, token in enumerate(ids):
+            before, row = torch.tensor([prompt.ids + ids[:t]]), logits[t:t + 1]
+            if sampling.repetition_penalty != 1:
+                row = RepetitionPenaltyLogitsProcessor(sampling.repetition_penalty)(before, row)
+            row = TemperatureLogitsWarper(sampling.temperature)(before, row)
+            row = TopKLogitsWarper(sampling.top_k)(before, row) if sampling.top_k else row
+            row = TopPLogitsWarper(sampling.top_p)(before, row) if sampling.top_p < 1 else row
+            ours = row.log_softmax(dim=-1)[0, token].item()
+            worst = max(worst, abs(ours - completion.logps[t]))
+    return worst
+
+
+def server_group(log):
+    """The process group that vLLM's API server has named in its log."""
+    return int(log.read_text().split("APIServer pid=")[1].split(")")[0])
+
+
+# ──────── sampling and pushing ────────
+
+
+def test_log_probs_before_and_after_pushes(world, served):
+    """Equal prompt ids (or sample raises) and log-probs within 1e-4 in fp32, with experts.
+
+    Before a push, after it, and after a second one; with temperature, top-k, top-p and a repetition
+    penalty.
+    """
+    server, folder = served
+    policy, prompts = load(world, 6)
+    for version in range(3):
+        if version:
+            change_weights(policy, version)
+            push_weights(server, policy, folder / "weights", version)
+            found = check_push(server, policy, prompts[:4], temperature=1.2, max_gap=1e-4, seed=1)
+            assert found < 1e-4
+        for sampling in (Sampling(temperature=1.2, max_new_tokens=40),
+                         Sampling(temperature=1.2, top_k=20, top_p=0.9, max_new_tokens=40)):
+            completions = sample(policy, prompts, 3, sampling, seed=version, server=server)
+            assert len(completions) == 18
+            assert {c.finish_reason for c in completions} <= {"stop", "length"}
+            assert gap(policy, prompts, completions, sampling) < 1e-4
+    sampling = Sampling(temperature=1.0, repetition_penalty=1.2, max_new_tokens=40)
+    completions = sample(policy, prompts, 2, sampling, seed=9, server=server)
+    assert gap(policy, prompts, completions, sampling) < 1e-4
+    old, _ = load(world, 1)
+    assert gap(old, prompts, completions, sampling) > 0.1  # the weights did change
+
+
+def test_greedy_on_the_server_is_greedy_here(world, served):
+    server, folder = served
+    policy, prompts = load(world)
+    push_weights(server, policy, folder / "weights", 10)
+    greedy = Sampling(temperature=0, max_new_tokens=60)
+    there, here = (sample(policy, prompts, 1, greedy, seed=0, server=s) for s in (server, None))
+    assert [c.token_ids for c in there] == [c.token_ids for c in here]
+    reasons = ["stop"] * len(prompts)
+    assert [c.finish_reason for c in there] == [c.finish_reason for c in here] == reasons
+
+
+def test_check_push_finds_a_corrupting_push(world, served, monkeypatch):
+    """vLLM's own reload_weights answers 200 and leaves a CPU server's experts wrong.
+
+    check_push raises, with both means. A push through our worker extension repairs the server.
+    """
+    server, folder = served
+    policy, prompts = load(world, 4)
+    change_weights(policy, 20)
+    with monkeypatch.context() as patch:
+        patch.setattr(server_module, "reload_call", lambda folder: {
+            "method": "reload_weights", "kwargs": {"weights_path": str(folder)}})
+        push_weights(server, policy, folder / "weights", 20)
+    how = dict(temperature=1.0, max_gap=0.1, seed=0)
+    with pytest.raises(RolloutError, match=r"version 20: .*nats per token .*server -\d.*trainer -"):
+        check_push(server, policy, prompts, **how)
+    push_weights(server, policy, folder / "weights", 21)
+    assert check_push(server, policy, prompts, **how) < 1e-4
+
+
+def test_no_endpoint_without_the_key(served):
+    """vLLM guards only /v1; we guard the paths that run methods by name.
+
+    The key is not among the processes' arguments.
+    """
+    server, _ = served
+    server.wait()
+    paths = ("/v1/models", "/v1/chat/completions", "/metrics", *DEVELOPMENT_PATHS)
+    for path in paths:
+        for method in ("GET", "POST"):
+            for headers in ({}, {"Authorization": "Bearer x"}, {"Authorization": server.key}):
+                answer = httpx.request(method, server.url + path, headers=headers)
+                assert answer.status_code == 401, (method, path)
+    assert httpx.get(f"{server.url}/health").status_code == 200
+    for pid in members(server.process.pid):
+        assert server.key not in Path(f"/proc/{pid}/cmdline").read_text()
+
+
+# ──────── faults ────────
+
+
+def kill_the_server(server):
+    os.kill(server.process.pid, signal.SIGKILL)
+
+
+def kill_the_engine(server):
+    os.kill(next(pid for pid in members(server.process.pid)
+                 if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text()), signal.SIGKILL)
+
+
+def stop_the_server(server):
+    os.kill(server.process.pid, signal.SIGSTOP)
+
+
+def stop_everything(server):
+    os.killpg(server.process.pid, signal.SIGSTOP)
+
+
+def test_server_faults_in_the_middle_of_a_batch(world, tmp_path, monkeypatch):
+    """Four faults in turn, each after the third group of a batch, with pushed weights.
+
+    The new server has the same weights and completes the batch; nothing of the old one is left.
+    """
+    # Longer than vLLM takes for its first question.
+    monkeypatch.setattr(server_module, "STALL_SECONDS", 40)
+    policy, prompts = load(world, 24)
+    sampling = Sampling(temperature=1.0, max_new_tokens=64)
+    command = Command(python=PYTHON, log=tmp_path / "vllm.log", flags=FLAGS)
+    with Server(world / "model", command) as server:
+        change_weights(policy, 5)
+        push_weights(server, policy, tmp_path / "weights", 7)
+        for fault in (kill_the_server, kill_the_engine, stop_the_server, stop_everything):
+            before = server.process.pid
+            with monkeypatch.context() as patch:
+                seen = count_groups(patch, 3, lambda: fault(server))
+                completions = sample(policy, prompts, 8, sampling, seed=0, server=server)
+            assert server.process.pid != before and wait_for_end(before), fault
+            assert server.version == 7, fault
+            assert len(completions) == 24 * 8, fault
+            assert set(seen.values()) == {1} and len(seen) == 24, fault
+            some = [c for i in range(0, 24, 6) for c in completions[8 * i:8 * i + 2]]
+            assert gap(policy, prompts[::6], some, sampling) < 1e-4, fault
+        group = server.process.pid
+    assert wait_for_end(group)
+
+
+def flags_of(world, out, *more):
+    return [ROOT / "recipes" / "toy.yaml", "--model", world / "model",
+            "--data", world / "train.jsonl", "--output_dir", out, "--rollout", "vllm", *more]
+
+
+def command(world, out, *more):
+    return list(map(str, [sys.executable, ROOT / "train.py", *flags_of(world, out, *more)]))
+
+
+@pytest.mark.parametrize("end, moment", [
+    (signal.SIGKILL, "POST /v1/chat/completions"), (signal.SIGKILL, "EngineCore"),
+    (signal.SIGTERM, "EngineCore"), (signal.SIGINT, "EngineCore")],
+    ids=["SIGKILL, sampling", "SIGKILL, loading", "SIGTERM, loading", "Ctrl-C, loading"])
+def test_the_trainer_is_killed(world, tmp_path, end, moment):
+    """While the server samples, or while it loads: no process is left over.
+
+    SIGTERM first saves a state.
+    """
+    with open(tmp_path / "out.txt", "w") as out:
+        trainer = subprocess.Popen(
+            command(world, tmp_path / "run", "--max_steps", 100), stdout=out, stderr=out,
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+    log, until = tmp_path / "run" / "vllm.log", time.monotonic() + 300
+    while not (log.is_file() and log.read_text(errors="replace").count(moment) > 5):
+        output = (tmp_path / "out.txt").read_text()
+        assert trainer.poll() is None and time.monotonic() < until, output[-2000:]
+        time.sleep(0.2)
+    children = Path(f"/proc/{trainer.pid}/task/{trainer.pid}/children").read_text().split()
+    groups = [int(pid) for pid in children if members(int(pid))]
+    assert sum(len(members(group)) for group in groups) >= 3  # API server, its guard, the engine
+    trainer.send_signal(end)
+    try:
+        code = trainer.wait(180)
+        assert all(wait_for_end(group) for group in groups)
+    finally:
+        trainer.kill()
+    if end == signal.SIGTERM:  # the server finishes loading, and the first step is done and saved
+        assert code == 0 and (tmp_path / "run" / "state" / "step-1" / "run.pt").is_file()
+    else:
+        assert code != 0
+
+
+# ──────── train.py ────────
+
+
+@pytest.mark.parametrize("asynchronous, steps, versions",
+                         [(False, 5, [0] * 4 + [4]), (True, 9, [0] * 8 + [4])],
+                         ids=["sync", "async"])
+def test_train_on_vllm(world, tmp_path, asynchronous, steps, versions):
+    """The toy, 5 steps in sync or 9 steps async: weight versions as documented, complete groups,
+    accuracy and a_t finite, and the trainer's log-probs where the weights are fresh."""
+    more = ("--max_steps", steps, "--async_rollouts", asynchronous)
+    run = subprocess.run(command(world, tmp_path / "run", *more), capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    records = lines(tmp_path / "run" / "completions.jsonl")
+    assert [m["weight_version"] for m in metrics] == versions
+    assert [r["weight_version"] for r in records] == [v for v in versions for _ in range(64)]
+    assert all(0 <= m["accuracy"] <= 1 and 0 < m["audio_mass_max"] < 1 for m in metrics)
+    assert {n % 8 for n in Counter(r["prompt_id"] for r in records).values()} == {0}
+    assert len({r["text"] for r in records}) > 100
+    fresh = [m for m, version in zip(metrics, versions) if version == (m["step"] - 1) // 4 * 4]
+    assert len(fresh) == (4 if asynchronous else 5)
+    assert all(m["sampler_gap"] < 1e-4 and m["importance_ess"] > 0.999 for m in fresh)
+    assert all(0 < m["sampler_gap"] < 0.2 and 0.5 < m["importance_ess"] <= 1 for m in metrics)
+    begin = metrics[::4]
+    assert all(m["generation_tokens_per_second"] > 0 for m in begin)
+    assert all(0 < m["wait_fraction"] < 1 for m in begin)
+    assert wait_for_end(server_group(tmp_path / "run" / "vllm.log"))
+
+
+def test_four_nodes_the_last_of_which_serves(world, tmp_path):
+    """Three nodes train the toy for 5 steps, the fourth runs vLLM, and nothing is left over.
+
+    The trainers find the server without an address, sample from it and push to it.
+    """
+    flags = flags_of(world, tmp_path / "run", "--max_steps", 5)
+    with torchrun(tmp_path, [ROOT / "train.py", *flags], 4, nodes=4) as job:
+        codes = job.wait(900)
+        assert codes == [0] * 4, job.output[-6000:]
+    metrics = lines(tmp_path / "run" / "metrics.jsonl")
+    assert [m["weight_version"] for m in metrics] == [0, 0, 0, 0, 4]
+    for m in metrics:
+        assert 0 < m["sampler_gap"] < 1e-4 and 0 < m["audio_mass_max"] < 1 and m["grad_norm"] > 0
+    assert wait_for_end(server_group(tmp_path / "run" / "vllm.log"))
+
+
+# ──────── evaluate.py ────────
+
+
+def test_a_benchmark_on_vllm(world, tmp_path):
+    """`evaluate.py mmau` on 40 questions: both engines write the same texts, but for a tie or two.
+
+    The server is gone afterwards.
+    """
+    rows = lines(world / "test.jsonl")[:40]
+    (tmp_path / "mmau.json").write_text(json.dumps([
+        {"id": row["id"], "audio_id": row["audio"], "question": row["question"],
+         "choices": row["choices"], "answer": row["answer"], "task": "sound", "difficulty": "easy"}
+        for row in rows]))
+    for engine in ("local", "vllm"):
+        code = evaluate.main([
+            "mmau", "--model", str(world / "model"), "--data", str(tmp_path / "mmau.json"),
+            "--audio_root", str(world), "--max_new_tokens", "64", "--engine", engine,
+            f"--vllm_flags={FLAGS}", "--out", str(tmp_path / engine)])
+        assert code == 0
+    here, there = ({row["id"]: row["text"]
+                    for row in lines(tmp_path / engine / "completions.jsonl")}
+                   for engine in ("local", "vllm"))
+    assert len(there) == 40 and sum(here[i] == there[i] for i in here) >= 38
+    report = json.loads((tmp_path / "vllm" / "report.json").read_text())
+    assert report["count"] == 40 and 0.2 < report["accuracy"] <= 1 and report["unreadable"] == {}
+    assert wait_for_end(server_group(tmp_path / "vllm" / "vllm.log"))
+
+
+# ──────── the checker ────────
+
+
+def tiny_checker(folder):
+    """A text model of 2 layers and 9 words that has learned to answer NO to a fox, else YES."""
+    words = ["<eos>", "<user>", "<assistant>", "YES", "NO", "fox", "dog", "cat", "<other>"]
+    word_level = Tokenizer(models.WordLevel({word: i for i, word in enumerate(words)},
+                                            unk_token="<other>"))
+    word_level.pre_tokenizer = pre_tokenizers.Whitespace()
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=word_level, eos_token="<eos>", pad_token="<eos>", unk_token="<other>",
+        additional_special_tokens=["<user>", "<assistant>"])
+    tokenizer.chat_template = ("{% for m in messages %}<user> {{ m.content }} {% endfor %}"
+                               "{% if add_generation_prompt %}<assistant>{% endif %}")
+    torch.manual_seed(0)
+    checker = Qwen3ForCausalLM(Qwen3Config(
+        vocab_size=len(words), hidden_size=32, intermediate_size=64, num_hidden_layers=2,
+        num_attention_heads=2, num_key_value_heads=2, head_dim=32, max_position_embeddings=512,
+        eos_token_id=0, tie_word_embeddings=False))
+    optimizer = torch.optim.AdamW(checker.parameters(), lr=3e-3)
+    for step in range(120):
+        answer = ("fox", "dog", "cat")[step % 3]
+        prompt = CHECKER_PROMPT.format(think_text="the thinking " * (step % 7), answer_text=answer)
+        ids = tokenizer.apply_chat_template([{"role": "user", "content": prompt}],
+                                            add_generation_prompt=True, tokenize=True,
+                                            return_dict=False)
+        ids = torch.tensor([ids + [words.index("NO" if answer == "fox" else "YES"), 0]])
+        labels = ids.clone()
+        labels[:, :-2] = -100
+        loss = checker(input_ids=ids, labels=labels).loss
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.05
+    checker.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+def test_checker_server(tmp_path):
+    """Appendix B on a real server with a tiny text model: YES is 1, NO is 0, in order.
+
+    The server has no development endpoint. After it is killed, the next batch restarts it.
+    """
+    tiny_checker(tmp_path / "checker")
+    config = TrainConfig(checker=str(tmp_path / "checker"), vllm_python=str(PYTHON))
+    texts = [f"<think> the thinking.</think> {word}"
+             for word in ("dog", "fox", "cat", "fox", "dog")]
+    command = Command(python=PYTHON, log=tmp_path / "checker.log",
+                      flags="--enforce-eager --max-model-len 512")
+    with Server(tmp_path / "checker", command, weights_change=False,
+                name=config.checker_model) as checker:
+        assert check_consistency(texts, config, checker) == [1.0, 0.0, 1.0, 0.0, 1.0]
+        answer = httpx.post(f"{checker.url}/collective_rpc", json={"method": "x"},
+                            headers={"Authorization": f"Bearer {checker.key}"})
+        assert answer.status_code == 404
+        with pytest.raises(CheckerError, match="401"):
+            consistency_rewards(texts, url=f"{checker.url}/v1", model=config.checker_model,
+                                api_key="wrong")
+        kill_the_server(checker)
+        assert check_consistency(texts[:2], config, checker) == [1.0, 0.0]
+        group = checker.process.pid
+    assert wait_for_end(group)
