@@ -1,5 +1,5 @@
 # make toy    trains the toy with full MAPO, in a few minutes
-# make test   runs the tests, without the slow ones
+# make test   runs the tests, without the slow ones and those that need vLLM
 # make vllm   builds the environment of the vLLM server, for --rollout vllm and its tests
 # make bench  measures speed and memory, beside other implementations
 PYTHON ?= python3
@@ -8,7 +8,7 @@ toy: venv
 	.venv/bin/python train.py recipes/toy.yaml
 
 test: venv
-	.venv/bin/python -m pytest -m "not slow"
+	.venv/bin/python -m pytest -m "not slow and not vllm"
 
 venv: .venv/installed
 
