@@ -312,6 +312,7 @@ def test_four_nodes_one_of_which_serves(world, alone, tmp_path):
             assert first["token_ids"] == second["token_ids"]
 
 
+@pytest.mark.slow
 def test_a_server_that_does_not_start_ends_the_job(world, tmp_path):
     """On a node that serves: all processes end within a minute, with the server's own error."""
     faults = tmp_path / "faults.json"
@@ -562,7 +563,8 @@ def test_resume_of_lora(world, alone, tmp_path):
 # ──────── failures ────────
 
 
-@pytest.mark.parametrize("act", [pytest.param("raise", marks=pytest.mark.slow), "kill"])
+@pytest.mark.slow
+@pytest.mark.parametrize("act", ["raise", "kill"])
 def test_a_rank_that_fails_ends_the_job(world, alone, uninterrupted, tmp_path, act):
     """Rank 1 of two nodes raises, or is killed, before the fourth optimizer step.
 
@@ -590,6 +592,7 @@ def test_a_rank_that_fails_ends_the_job(world, alone, uninterrupted, tmp_path, a
     assert_same_run(out, uninterrupted, exact=False)
 
 
+@pytest.mark.slow
 def test_bad_input_under_torchrun(world, tmp_path):
     """A data file that does not exist: both ranks end within a minute, nothing is written, and only
     rank 0 prints an error, one line that names the file."""
