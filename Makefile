@@ -8,7 +8,7 @@ toy: venv
 	.venv/bin/python train.py recipes/toy.yaml
 
 test: venv
-	.venv/bin/python -m pytest -m "not slow and not vllm"
+	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not vllm"
 
 venv: .venv/installed
 

@@ -100,8 +100,8 @@ class Policy(torch.nn.Module):
         if target_layers:
             # S_audio is the placeholders alone, without the start and end markers.
             mass_arguments = {"output_attentions": True, "mass_layers": tuple(target_layers),
-                    "mass_first_row": first,
-                    "mass_keys": batch.input_ids == self.audio_token_id}
+                              "mass_first_row": first,
+                              "mass_keys": batch.input_ids == self.audio_token_id}
         output = self.base.model(
             input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
             position_ids=positions(batch.attention_mask), **batch.audio, **mass_arguments)

@@ -69,6 +69,7 @@ def test_the_checkers_server(world, light, tmp_path, monkeypatch, stand_in):
             check_consistency(texts, config, checker)
 
 
+@pytest.mark.slow
 def test_our_own_servers_bypass_a_proxy(world, base, light, tmp_path, monkeypatch):
     """http_proxy names a port where nothing listens: requests through it would fail."""
     for name in ("http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"):
@@ -85,6 +86,7 @@ def test_our_own_servers_bypass_a_proxy(world, base, light, tmp_path, monkeypatc
         assert check_consistency([BARK], config, checker) == [1]
 
 
+@pytest.mark.slow
 def test_the_checker_starts_after_the_rollout_server(world, base, tmp_path, monkeypatch, stand_in):
     """They share GPUs. If both started at the same time, each would count the memory that the other
     allocates against its own share."""
@@ -160,6 +162,7 @@ def test_train(world, tmp_path, some_reward, stand_in):
     assert not (out / "weights").exists()
 
 
+@pytest.mark.slow
 def test_train_async(world, tmp_path, monkeypatch, some_reward, stand_in):
     """From the second on, batches are exactly one push old.
 

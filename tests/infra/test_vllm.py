@@ -181,28 +181,19 @@ def kill_the_engine(server):
                  if "EngineCore" in Path(f"/proc/{pid}/cmdline").read_text()), signal.SIGKILL)
 
 
-def stop_the_server(server):
-    os.kill(server.process.pid, signal.SIGSTOP)
-
-
-def stop_everything(server):
-    os.killpg(server.process.pid, signal.SIGSTOP)
-
-
 def test_server_faults_in_the_middle_of_a_batch(world, tmp_path, monkeypatch):
-    """Four faults in turn, each after the third group of a batch, with pushed weights.
+    """vLLM's API server or its engine is killed after the third group of a batch, with pushed weights.
 
     The new server has the same weights and completes the batch; nothing of the old one is left.
+    Servers that hang are tested with the stand-in, see test_server_faults.py.
     """
-    # Longer than vLLM takes for its first question.
-    monkeypatch.setattr(server_module, "STALL_SECONDS", 40)
     policy, prompts = load(world, 24)
     sampling = Sampling(temperature=1.0, max_new_tokens=64)
     command = Command(python=PYTHON, log=tmp_path / "vllm.log", flags=FLAGS)
     with Server(world / "model", command) as server:
         change_weights(policy, 5)
         push_weights(server, policy, tmp_path / "weights", 7)
-        for fault in (kill_the_server, kill_the_engine, stop_the_server, stop_everything):
+        for fault in (kill_the_server, kill_the_engine):
             before = server.process.pid
             with monkeypatch.context() as patch:
                 seen = count_groups(patch, 3, lambda: fault(server))
@@ -226,19 +217,17 @@ def command(world, out, *more):
     return list(map(str, [sys.executable, ROOT / "train.py", *flags_of(world, out, *more)]))
 
 
-@pytest.mark.parametrize("end, moment", [
-    (signal.SIGKILL, "POST /v1/chat/completions"), (signal.SIGKILL, "EngineCore"),
-    (signal.SIGTERM, "EngineCore"), (signal.SIGINT, "EngineCore")],
-    ids=["SIGKILL, sampling", "SIGKILL, loading", "SIGTERM, loading", "Ctrl-C, loading"])
+@pytest.mark.parametrize("end, moment", [(signal.SIGKILL, "POST /v1/chat/completions"),
+                                         (signal.SIGTERM, "EngineCore")],
+                         ids=["SIGKILL, sampling", "SIGTERM, loading"])
 def test_the_trainer_is_killed(world, tmp_path, end, moment):
     """While the server samples, or while it loads: no process is left over.
 
     SIGTERM first saves a state.
     """
     with open(tmp_path / "out.txt", "w") as out:
-        trainer = subprocess.Popen(
-            command(world, tmp_path / "run", "--max_steps", 100), stdout=out, stderr=out,
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
+        trainer = subprocess.Popen(command(world, tmp_path / "run", "--max_steps", 100),
+                                   stdout=out, stderr=out)
     log, until = tmp_path / "run" / "vllm.log", time.monotonic() + 300
     while not (log.is_file() and log.read_text(errors="replace").count(moment) > 5):
         output = (tmp_path / "out.txt").read_text()
@@ -262,13 +251,14 @@ def test_the_trainer_is_killed(world, tmp_path, end, moment):
 # ──────── train.py ────────
 
 
-@pytest.mark.parametrize("asynchronous, steps, versions",
-                         [(False, 5, [0] * 4 + [4]), (True, 9, [0] * 8 + [4])],
-                         ids=["sync", "async"])
-def test_train_on_vllm(world, tmp_path, asynchronous, steps, versions):
-    """The toy, 5 steps in sync or 9 steps async: weight versions as documented, complete groups,
-    accuracy and a_t finite, and the trainer's log-probs where the weights are fresh."""
-    more = ("--max_steps", steps, "--async_rollouts", asynchronous)
+def test_train_on_vllm_asynchronously(world, tmp_path):
+    """Nine steps of the toy: weight versions as documented, complete groups, accuracy and a_t
+    finite, and the trainer's log-probs where the weights are fresh.
+
+    test_four_nodes_the_last_of_which_serves trains in sync.
+    """
+    versions = [0] * 8 + [4]
+    more = ("--max_steps", 9, "--async_rollouts", "true")
     run = subprocess.run(command(world, tmp_path / "run", *more), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
@@ -279,7 +269,7 @@ def test_train_on_vllm(world, tmp_path, asynchronous, steps, versions):
     assert {n % 8 for n in Counter(r["prompt_id"] for r in records).values()} == {0}
     assert len({r["text"] for r in records}) > 100
     fresh = [m for m, version in zip(metrics, versions) if version == (m["step"] - 1) // 4 * 4]
-    assert len(fresh) == (4 if asynchronous else 5)
+    assert len(fresh) == 4
     assert all(m["sampler_gap"] < 1e-4 and m["importance_ess"] > 0.999 for m in fresh)
     assert all(0 < m["sampler_gap"] < 0.2 and 0.5 < m["importance_ess"] <= 1 for m in metrics)
     begin = metrics[::4]
@@ -373,7 +363,7 @@ def tiny_checker(folder):
 def test_checker_server(tmp_path):
     """Appendix B on a real server with a tiny text model: YES is 1, NO is 0, in order.
 
-    The server has no development endpoint. After it is killed, the next batch restarts it.
+    The server has no development endpoint.
     """
     tiny_checker(tmp_path / "checker")
     config = TrainConfig(checker=str(tmp_path / "checker"), vllm_python=str(PYTHON))
@@ -390,7 +380,5 @@ def test_checker_server(tmp_path):
         with pytest.raises(CheckerError, match="401"):
             consistency_rewards(texts, url=f"{checker.url}/v1", model=config.checker_model,
                                 api_key="wrong")
-        kill_the_server(checker)
-        assert check_consistency(texts[:2], config, checker) == [1.0, 0.0]
         group = checker.process.pid
     assert wait_for_end(group)
