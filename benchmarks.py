@@ -5,6 +5,7 @@
 Like scoring.py, this file imports no transformers.
 """
 
+import os
 import re
 from dataclasses import dataclass, field
 from functools import cache
@@ -13,7 +14,7 @@ from pathlib import Path
 import nltk
 
 from data import (InputError, Question, audio_field, is_list_of_texts, json_lines, json_object,
-                  parse_json, text_field)
+                  parse_json, raise_bad_rows, text_field)
 from pos_gate import find_nltk_data
 
 
@@ -25,7 +26,7 @@ class Item:
     audio: tuple[Path, ...]
     question: str
     choices: tuple[str, ...]  # empty for open questions and instruction following
-    answer: str  # one of the choices, the reference of an open question, or "" if there is none
+    answer: str  # of a closed or open question, as in the file; it need not be one of the choices
     groups: dict[str, str]  # how reports break the score down: {"task": "sound", …}
     kind: str = "closed"  # or "open", "instruction following", "not scored"
     task_identifier: str = ""  # the rule of an instruction-following row, and its arguments
@@ -38,16 +39,16 @@ def question_of(item):
     return Question(item.id, item.audio, item.question, item.choices, item.answer)
 
 
-# Which columns of each file hold what. The first group is the one that the paper's table shows; it
-# is required.
+# Which columns of each file hold what. MMSU's jsonl and parquet name the audio differently. The
+# first group is the one that the paper's table shows; it is required.
 _COLUMNS = {
-    "mmau": {"audio": "audio_id", "answer": "answer",
+    "mmau": {"audio": ("audio_id",), "answer": "answer",
              "groups": ("task", "difficulty", "sub-category", "category")},
-    "mmar": {"audio": "audio_path", "answer": "answer",
+    "mmar": {"audio": ("audio_path",), "answer": "answer",
              "groups": ("modality", "category", "sub-category", "language")},
-    "mmsu": {"audio": "audio", "answer": "answer_gt",
+    "mmsu": {"audio": ("audio_path", "audio"), "answer": "answer_gt",
              "groups": ("category", "sub-category", "sub-sub-category", "task_name")},
-    "mmau-pro": {"audio": "audio_path", "answer": "answer", "groups": ("category",)},
+    "mmau-pro": {"audio": ("audio_path",), "answer": "answer", "groups": ("category",)},
 }
 _LETTERS = {"A": "choice_a", "B": "choice_b", "C": "choice_c", "D": "choice_d"}  # columns of MMSU
 BENCHMARKS = tuple(_COLUMNS)
@@ -57,36 +58,47 @@ def read_benchmark(name, path, audio_root=None):
     """A benchmark's file, as its makers publish it → list[Item], in the file's order.
 
     name: one of BENCHMARKS. path: a .json list, .jsonl or .parquet. Audio paths are relative to
-    audio_root, by default the file's folder; the audio files are not opened.
+    audio_root, by default the file's folder; the audio files are not opened. MMSU writes its paths
+    with a leading slash: such a path also starts at audio_root, unless it exists as it is.
 
-    Some rows of MMAU have several values for a group; they are joined by " + ". MMSU's columns
-    choice_a … choice_d become choices, without the empty ones. The category of a row of MMAU-Pro
-    decides its kind: "open", "instruction following", else closed. Closed rows with fewer than two
-    choices become "not scored", because the official script leaves them out.
+    The files are read with their quirks. A number counts as its text, and an empty option is no
+    option. Options may be equal, and an answer may be none of them: scoring.score treats it as the
+    official script does. Several values for a group are joined by " + ". MMSU's columns
+    choice_a … choice_d become choices. The category of a row of MMAU-Pro decides its kind: "open",
+    "instruction following", else closed. Closed rows with fewer than two choices become "not
+    scored", because the official script leaves them out.
 
-    Raises InputError for an unknown name, an unreadable file, a missing or mistyped field, a
-    repeated id, and an answer that is not among the choices (ignoring surrounding white space).
+    Raises InputError for an unknown name, an unreadable file, and for all bad rows at once: those
+    with a missing or mistyped field or a repeated id.
     """
     if name not in BENCHMARKS:
         raise InputError(f"no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
     path = Path(path)
-    items, place_of = [], {}
-    for where, row in _rows(path):
-        item = _item(name, row, Path(audio_root or path.parent), where)
-        if item.id in place_of:
-            raise InputError(f"{where}: id {item.id!r} is already used in {place_of[item.id]}; "
-                             "make ids unique")
+    items, place_of, bad = [], {}, []
+    for where, row in _rows(path, bad):
+        try:
+            item = _item(name, json_object(row, where), Path(audio_root or path.parent), where)
+            if item.id in place_of:
+                raise InputError(f"{where}: id {item.id!r} is already used in "
+                                 f"{place_of[item.id]}; make ids unique")
+        except InputError as error:
+            bad.append(error)
+            continue
         place_of[item.id] = where
         items.append(item)
+    raise_bad_rows(path, bad)
     if not items:
         raise InputError(f"{path}: no rows in this file; give the file of {name} as published")
     return items
 
 
-def _rows(path):
-    """→ (where, row) for each row of a file; `where` names the file and the line or row."""
+def _rows(path, bad):
+    """→ (where, row) for each row of a file; `where` names the file and the line or row.
+
+    bad: see data.json_lines.
+    """
     if path.suffix == ".jsonl":
-        yield from ((f"{path}:{number}", row) for number, row in json_lines(path))
+        yield from ((f"{path}:{number}", row) for number, row in json_lines(path, bad))
         return
     readers = {".json": _json_rows, ".parquet": _parquet_rows}
     if path.suffix not in readers:
@@ -95,8 +107,7 @@ def _rows(path):
     if not path.is_file():
         raise InputError(f"{path}: no such file; check the path")
     for number, row in enumerate(readers[path.suffix](path), start=1):
-        where = f"{path}: row {number}"
-        yield where, json_object(row, where)
+        yield f"{path}: row {number}", row
 
 
 def _json_rows(path):
@@ -123,32 +134,49 @@ def _parquet_rows(path):
                          "download the file again") from error
 
 
-def _item(name, row, audio_root, where):
-    columns, groups = _COLUMNS[name], _groups(name, row, where)
-    choices, answer_letters = _choices(name, row, where), ""
+def _item(name, raw, audio_root, where):
+    columns, row = _COLUMNS[name], {key: _as_text(value) for key, value in raw.items()}
+    groups, choices = _groups(name, row, where), _choices(name, row, where)
     kind = _kind(name, groups, choices, where)
-    answer = row.get(columns["answer"])
+    answer, answer_letters = row.get(columns["answer"]), ""
     if answer is None and kind in ("instruction following", "not scored"):
         answer = ""
     else:
         answer = text_field(row, columns["answer"], where)
-    if kind == "closed" and answer.strip() not in [choice.strip() for choice in choices]:
-        raise InputError(f"{where}: answer {answer!r} is not among the choices {list(choices)}; "
-                         "copy one of them exactly")
-    if name == "mmsu":
+    if name == "mmsu":  # the official script compares the values as they are in the file
         answer_letters = "".join(letter for letter, column in _LETTERS.items()
-                                 if (row.get(column) or "").strip() == answer.strip())
+                                 if raw.get(column) == raw[columns["answer"]])
     task_identifier, kwargs = "", {}
     if kind == "instruction following":
-        task_identifier, kwargs = text_field(row, "task_identifier", where), row.get("kwargs") or {}
+        task_identifier, kwargs = text_field(row, "task_identifier", where), raw.get("kwargs") or {}
         if not isinstance(kwargs, dict):
             raise InputError(f"{where}: field 'kwargs' is {kwargs!r}; give an object, or null")
-    audio = row.get(columns["audio"])
-    audio = audio.get("path") if isinstance(audio, dict) else audio  # parquet with packed sound
-    audio = audio_field(audio, columns["audio"], where)
-    return Item(_id(row, where), tuple(audio_root / clip.removeprefix("./") for clip in audio),
+        for key in _ARGUMENTS:
+            _argument(kwargs, key, None, f"{where}: kwargs")
+    return Item(text_field(row, "id", where), _audio(columns["audio"], raw, audio_root, where),
                 text_field(row, "question", where), choices, answer, groups, kind, task_identifier,
-                {key: value for key, value in kwargs.items() if value is not None}, answer_letters)
+                kwargs, answer_letters)
+
+
+def _as_text(value):
+    """A number becomes its text, also in a list; NaN, pandas' mark for nothing, becomes None.
+
+    Any other value stays as it is.
+    """
+    if isinstance(value, list):
+        return [_as_text(one) for one in value]
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return str(value) if value == value else None
+    return value
+
+
+def _audio(names, row, audio_root, where):
+    name = next((name for name in names if row.get(name) is not None), names[0])
+    clips = row.get(name)
+    clips = clips.get("path") if isinstance(clips, dict) else clips  # parquet with packed sound
+    clips = [clip.lstrip("/") if clip.startswith("/") and not os.path.isfile(clip) else clip
+             for clip in audio_field(clips, name, where)]
+    return tuple(audio_root / clip.removeprefix("./") for clip in clips)
 
 
 def _kind(name, groups, choices, where):
@@ -162,21 +190,17 @@ def _kind(name, groups, choices, where):
     return "closed"
 
 
-def _id(row, where):
-    is_number = isinstance(row.get("id"), int) and not isinstance(row["id"], bool)
-    return str(row["id"]) if is_number else text_field(row, "id", where)
-
-
 def _choices(name, row, where):
     if name == "mmsu":
-        choices = [row[column] for column in _LETTERS.values() if row.get(column) is not None]
+        choices = [row.get(column) for column in _LETTERS.values()]
     else:
         choices = row.get("choices")
         if choices is None and name == "mmau-pro":  # open questions and instruction following
             return ()
+    choices = _without_blanks(choices)
     if not is_list_of_texts(choices):
         field_name = "choice_a … choice_d" if name == "mmsu" else "choices"
-        raise InputError(f"{where}: field {field_name!r} is {choices!r}; give non-empty strings")
+        raise InputError(f"{where}: field {field_name!r} is {choices!r}; give texts or numbers")
     return tuple(choices)
 
 
@@ -184,14 +208,44 @@ def _groups(name, row, where):
     groups, names = {}, _COLUMNS[name]["groups"]
     for group in names:
         values = row.get(group)
-        values = [values] if isinstance(values, str) else values
-        if values is None and group != names[0]:
-            continue
-        if not is_list_of_texts(values) or not values:
+        values = _without_blanks(values if isinstance(values, list) else [values])
+        if not is_list_of_texts(values) or (not values and group == names[0]):
             raise InputError(f"{where}: field {group!r} is {row.get(group)!r}; give a non-empty "
                              "string")
-        groups[group] = " + ".join(values)
+        if values:
+            groups[group] = " + ".join(values)
     return groups
+
+
+def _without_blanks(values):
+    """A list without None and blank texts; any other value as it is."""
+    if not isinstance(values, list):
+        return values
+    return [x for x in values if x is not None and not (isinstance(x, str) and not x.strip())]
+
+
+def read_predictions(path):
+    """A file of lines {"id", "prediction"} → ({id: prediction}, {id: answer}).
+
+    Our own lines also have "answer", the text that the prediction was made from; elsewhere it is
+    the prediction itself. Raises InputError for all bad lines at once.
+    """
+    predictions, answers, bad = {}, {}, []
+    for number, row in json_lines(path, bad):
+        name, prediction = _as_text(row.get("id")), _as_text(row.get("prediction"))
+        answer = _as_text(row.get("answer", prediction))
+        if not isinstance(name, str) or not isinstance(prediction, str):
+            fault = 'give {"id": …, "prediction": …}, two strings'
+        elif not isinstance(answer, str):
+            fault = f"field 'answer' is {answer!r}; give a string, or leave it out"
+        elif name in predictions:
+            fault = f"a second prediction for {name!r}; keep one"
+        else:
+            predictions[name], answers[name] = prediction, answer
+            continue
+        bad.append(InputError(f"{path}:{number}: {fault}"))
+    raise_bad_rows(path, bad)
+    return predictions, answers
 
 
 # ──────── instruction following in MMAU-Pro ────────
@@ -200,17 +254,21 @@ def _groups(name, row, where):
 def follows_instruction(task_identifier, kwargs, response, prompt):
     """Does the raw response do what the row asks for? → bool.  (official; 27 rules)
 
-    An unknown identifier fails. kwargs: the row's arguments, or None. An argument that is absent,
-    None or NaN takes its default: 0 for N and N1, 999 for N2, "" for texts. prompt: the row's
-    question, which "Repeat Prompt" compares with.
+    An unknown identifier fails. kwargs: the row's arguments, or None. An absent argument takes its
+    default: 0 for N and N1, 999 for N2, "" for texts. No count equals an N that is None or NaN;
+    elsewhere such an argument, with which the official script ends in an error, takes its default.
+    prompt: the row's question, which "Repeat Prompt" compares with.
     Raises InputError for an argument of the wrong type, and LookupError like
     load_sentence_splitter.
     """
     def text(key):
-        return _argument(kwargs, key, str, "")
+        return _argument(kwargs, key, "")
 
     def number(key, default=0):
-        return _argument(kwargs, key, (int, float), default)
+        return _argument(kwargs, key, default)
+
+    def exactly(count):  # get gives 0 for an absent N, and None for one that is null
+        return count == number("N") and count == (kwargs or {}).get("N", 0)
 
     def within(count):  # the bound that the identifier ends in
         if task_identifier.endswith("(range)"):
@@ -223,11 +281,11 @@ def follows_instruction(task_identifier, kwargs, response, prompt):
         case "Include Keywords":
             return all(keyword in low for keyword in text("keywords").lower().split(", "))
         case "Keyword Frequency":
-            return len(re.findall(rf"\b{re.escape(text('keyword').lower())}\b", low)) == number("N")
+            return exactly(len(re.findall(rf"\b{re.escape(text('keyword').lower())}\b", low)))
         case "Forbidden Words":  # an empty list is one empty word, and every response contains it
             return not any(word in low for word in text("forbidden_words").lower().split(", "))
         case "Number Paragraphs":
-            return _non_blank(response.split("***")) == number("N")
+            return exactly(_non_blank(response.split("***")))
         case "Number Words (at least)" | "Number Words (at most)" | "Number Words (range)":
             return within(len(response.split()))
         case ("Number Sentences (at least)" | "Number Sentences (at most)"
@@ -241,14 +299,14 @@ def follows_instruction(task_identifier, kwargs, response, prompt):
         case "Number Placeholder":
             return len(re.findall(r"\[[^\]]+\]", response)) >= number("N")
         case "Number Bullets":
-            return len(re.findall(r"(?:\A|\n)\s*\*\s+", response)) == number("N")
+            return exactly(len(re.findall(r"(?:\A|\n)\s*\*\s+", response)))
         case "Title":
             return re.search("<<[^>]+>>", response) is not None
         case "Minimum Number Highlighted Section":
             return len(re.findall(r"\*[^*]+\*", response)) >= number("N")
         case "Multiple Sections":  # an empty splitter splits between all characters
             splitter = re.escape(text("section_splitter"))
-            return _non_blank(re.split(rf"\s*{splitter}\s*", response.strip())) == number("N")
+            return exactly(_non_blank(re.split(rf"\s*{splitter}\s*", response.strip())))
         case "Repeat Prompt":
             return low.strip().startswith(prompt.strip().lower())
         case "Two Responses":
@@ -269,12 +327,17 @@ def follows_instruction(task_identifier, kwargs, response, prompt):
     return False
 
 
-def _argument(kwargs, key, kind, default):
-    value = (kwargs or {}).get(key)
+_ARGUMENTS = {**dict.fromkeys(("N", "N1", "N2"), (int, float)),
+              **dict.fromkeys(("keywords", "keyword", "forbidden_words", "postscript_marker",
+                               "section_splitter", "start_phrase", "end_phrase"), str)}
+
+
+def _argument(kwargs, key, default, where="kwargs"):
+    value, kind = (kwargs or {}).get(key), _ARGUMENTS[key]
     if value is None or value != value:  # pandas writes an absent number as NaN
         return default
     if not isinstance(value, kind) or isinstance(value, bool):
-        raise InputError(f"kwargs: field {key!r} is {value!r}; give a "
+        raise InputError(f"{where}: field {key!r} is {value!r}; give a "
                          f"{'text' if kind is str else 'number'}")
     return value
 

@@ -156,12 +156,13 @@ def is_list_of_texts(value):
 # ──────── json lines ────────
 
 
-def json_lines(path):
+def json_lines(path, bad=None):
     """A jsonl file → yields (line number, object). Blank lines are skipped but counted.
 
     Only "\\n" ends a line, because a json string may hold other line ends, such as U+2028.
     Raises InputError if the file does not exist, and with the line for one that is not UTF-8, not
-    json, or not an object.
+    json, or not an object. With a list as `bad`, the errors of lines are appended to it instead,
+    for raise_bad_rows.
     """
     path = Path(path)
     if not path.is_file():
@@ -170,8 +171,15 @@ def json_lines(path):
         for number, line in enumerate(lines, start=1):
             if line.strip():
                 where = f"{path}:{number}"
-                row = parse_json(line, where, "write one json object per line")
-                yield number, json_object(row, where)
+                try:
+                    row = json_object(parse_json(line, where, "write one json object per line"),
+                                      where)
+                except InputError as error:
+                    if bad is None:
+                        raise
+                    bad.append(error)
+                    continue
+                yield number, row
 
 
 def continue_log(path):
@@ -202,6 +210,22 @@ def json_object(row, where):
         raise InputError(f"{where}: a {type(row).__name__}, not a json object; write every row as "
                          "an object")
     return row
+
+
+MOST_LISTED = 20  # bad rows in one error
+
+
+def raise_bad_rows(path, errors):
+    """Raises one InputError for all bad rows of a file; does nothing if there are none.
+
+    errors: a list of InputError, each with the line of its row. The text has a line for each of
+    the first MOST_LISTED, and one that counts the rest.
+    """
+    if errors:
+        lines = [str(error) for error in errors[:MOST_LISTED]]
+        if len(errors) > MOST_LISTED:
+            lines.append(f"{path}: … and {len(errors) - MOST_LISTED} more bad rows")
+        raise InputError("\n".join(lines))
 
 
 # ──────── audio files ────────

@@ -194,6 +194,10 @@ def acs_command(options):
                 rows.append(row)
                 file.write(json.dumps(row, ensure_ascii=False) + "\n")
                 file.flush()
+    unlisted = sum(q.answer.strip() not in [c.strip() for c in q.choices] for q in questions)
+    if unlisted:
+        print(f"{unlisted} of {len(questions)} questions have an answer that is none of the "
+              "options; they count as wrong")
     table = acs_table(rows)
     (out / "acs.md").write_text(table, encoding="utf-8")
     plots.draw_acs(acs_accuracies(rows), RANDOM_SEEDS, out / "acs.png")

@@ -32,9 +32,9 @@ from tqdm import tqdm
 from tqdm.contrib.concurrent import thread_map
 from transformers.utils import logging as transformers_logging
 
-from benchmarks import BENCHMARKS, question_of, read_benchmark
+from benchmarks import BENCHMARKS, question_of, read_benchmark, read_predictions
 from checkpoint import load_policy
-from data import InputError, continue_log, json_lines, read_avqa, read_questions
+from data import InputError, continue_log, read_avqa, read_questions
 from diagnostics import acs_command, batches, claim, load, pos_command, trace_command
 from plots import draw_curves
 from rewards import extract_answer
@@ -116,6 +116,9 @@ def complete(policy, server, items, options):
     errors, prompts = {}, []
     for item in items:
         try:
+            for clip in item.audio:
+                if not os.path.isfile(clip):
+                    raise InputError(f"{clip}: no such file; see --audio_root")
             prompts.append(policy.encode(question_of(item), options.instruction))
         except InputError as error:
             errors[item.id] = str(error)
@@ -158,24 +161,12 @@ def open_embedder(options):
 
 
 def score_only(options):
-    """Scores the lines {"id", "prediction"} of a file.
+    """Scores the lines {"id", "prediction"} of a file, such as a benchmark's predictions.jsonl.
 
-    Our own lines also have "answer", the text that the prediction was made from. MMSU's letters are
-    read from it.
+    MMSU's letters are read from the field "answer" of a line that has it.
     """
     items = read_benchmark(options.benchmark, options.data, options.audio_root)
-    predictions, answers = {}, {}
-    for number, row in json_lines(options.predictions):
-        where = f"{options.predictions}:{number}"
-        if not isinstance(row.get("id"), str) or not isinstance(row.get("prediction"), str):
-            raise InputError(f"{where}: give {{\"id\": …, \"prediction\": …}}, two strings")
-        if not isinstance(row.get("answer", ""), str):
-            raise InputError(f"{where}: field 'answer' is {row['answer']!r}; give a string, or "
-                             "leave it out")
-        if row["id"] in predictions:
-            raise InputError(f"{where}: a second prediction for {row['id']!r}; keep one")
-        predictions[row["id"]] = row["prediction"]
-        answers[row["id"]] = row.get("answer", row["prediction"])
+    predictions, answers = read_predictions(options.predictions)
     report = score(options.benchmark, items, predictions, open_judge(options),
                    open_embedder(options), answers)
     if options.out:
@@ -202,12 +193,15 @@ _TABLE = {
 
 
 def write_report(out, name, report, label):
-    """Writes report.json and table.md, and prints the table. label: a path; its name is shown."""
+    """Writes report.json and table.md, and prints the table and the notes.
+
+    label: a path; its name is shown.
+    """
     text = json.dumps(report, indent=1, ensure_ascii=False)
     (out / "report.json").write_text(text, encoding="utf-8")
     table = markdown_table(name, report, Path(label).name)
     (out / "table.md").write_text(table, encoding="utf-8")
-    print(table)
+    print("\n".join([table, *report["notes"]]))
 
 
 def markdown_table(name, report, label):

@@ -49,58 +49,83 @@ def accuracy_reward(completion, answer, choices, format_style="think"):
 
     The paper says "strict ground-truth accuracy". answer: the text of the right option; choices:
     the texts of all options, in the order of their letters A, B, C …
-    These forms are right: the option's text; its letter alone ("B", "(b)", "B."); its letter and
-    its text ("B) dog", "B. dog"). The whole answer must match: no prefix, no substring (ours; the
-    release compares prefixes). Texts are tried before letters, because options may be letters
-    themselves, such as musical keys.
-    Raises ValueError for fewer than two choices, for two equal ones, and for an answer that is not
-    among them.
+    The answer may be the option's text ("dog"), its letter ("B", "(b)", "B."), or both ("B) dog",
+    "B. dog", "B - dog"). Each of them may follow a lead ("Answer: B", "The answer is dog.",
+    "Option B") or be in LaTeX's \\boxed{}. Case, quotation marks, brackets, Markdown's emphasis and
+    the marks that end a sentence do not count, nor do typographic and full-width forms.
+    What remains must be the whole option: no prefix, no substring (ours; the release compares
+    prefixes). Texts are tried before letters, because options may be letters themselves, such as
+    musical keys. An answer that is none of the choices, as in some rows of the benchmarks, earns
+    nothing.
+    Raises ValueError for fewer than two choices.
     """
     options = [choice.strip() for choice in choices]
     if len(options) < 2:
         raise ValueError(f"choices is {list(choices)}: a multiple-choice question has at least two "
                          "options")
-    if len(set(options)) < len(options):
-        raise ValueError(f"choices {list(choices)} holds the same option twice")
-    if answer not in choices:
-        raise ValueError(f"answer {answer!r} is not among the choices {list(choices)}")
     predicted = extract_answer(completion, format_style)
-    right = list(choices).index(answer)
-    return float(predicted is not None and chosen_option(predicted, options) == right)
+    chosen = None if predicted is None else chosen_option(predicted, options)
+    return float(chosen is not None and options[chosen] == answer.strip())
 
 
 def chosen_option(predicted, options):
-    """The index of the option that `predicted` names, or None. options: distinct, stripped."""
-    index, is_text = _option_of_text(predicted, options)
-    if is_text:
-        return index
-    labelled = re.fullmatch(r"([A-Z])[).:]\s*(\S.*)", predicted.lstrip(_AROUND), re.I | re.S)
-    letter = labelled[1] if labelled else _normalise(predicted)
-    if not re.fullmatch("[A-Z]", letter, re.I):
+    """The index of the option that `predicted` names in a form of accuracy_reward, or None.
+
+    options: stripped texts. A text names the first of several equal options.
+    """
+    while True:
+        index, is_text = _option_of_text(predicted, options)
+        if is_text:
+            return index
+        index = _option_of_letter(predicted, options)
+        if index is not None:
+            return index
+        inner = _LEAD.fullmatch(predicted) or _LATEX.fullmatch(predicted)
+        if not inner:
+            return None
+        predicted = inner[1]
+
+
+# "Answer: …", "The correct answer is …", "**Option** …": with or without a colon
+_LEAD = re.compile(r"\W*(?:(?:the|my)\s+)?(?:(?:final|correct|right|best)\s+)?"
+                   r"(?:answer|option|choice)(?:\s+is)?\b[\s*_]*[:：=]?[\s*_]*(\S.*)", re.I | re.S)
+_LATEX = re.compile(r"[\s$*\[(\\]*\\(?:boxed|text|textbf|mathrm)\s*\{(.*)\}[\s$*\])\\.]*", re.S)
+_LABELLED = re.compile(r"([A-ZＡ-Ｚ])(?:[).:\]*_）．：］]+\s*|\s+[-–—]\s+)(\S.*)", re.I | re.S)
+
+
+def _option_of_letter(text, options):
+    """The index of the option that a letter names, alone or before the option's text, or None."""
+    letter, rest = _normalise(text), ""
+    labelled = _LABELLED.fullmatch(text.strip().lstrip(_AROUND))
+    if labelled and len(letter) > 1:
+        letter, rest = _normalise(labelled[1]), labelled[2]
+    if not re.fullmatch("[a-z]", letter) or ord(letter) - ord("a") >= len(options):
         return None
-    letter_index = ord(letter.upper()) - ord("A")
-    if letter_index >= len(options):
-        return None
-    if labelled and _option_of_text(labelled[2], options)[0] != letter_index:
-        return None
-    return letter_index
+    index = ord(letter) - ord("a")
+    if rest:
+        of_rest, _ = _option_of_text(rest, options)
+        if of_rest is None or options[of_rest] != options[index]:
+            return None
+    return index
 
 
 def _option_of_text(text, options):
-    """→ (index of the one option that `text` equals, or None; does it equal any option at all?).
+    """→ (index of the option that `text` equals, or None; does it equal any option at all?).
 
-    The most tolerant comparison comes first. Where it finds several options ("c" of "C" and "c",
-    "Help" of "Help" and "Help!"), a stricter one decides. If none finds exactly one, the text
-    names no option.
+    An option word for word is itself. Otherwise the most tolerant comparison comes first. Where it
+    finds different options ("c" of "C" and "c", "Help" of "Help" and "Help!"), a stricter one
+    decides. If none finds exactly one, the text names no option.
     """
+    if text.strip() in options:
+        return options.index(text.strip()), True
     for normalise in (_normalise,
                       lambda x: _normalise(x, fold_case=False),
                       lambda x: _normalise(x, strip_marks=False),
-                      lambda x: _normalise(x, fold_case=False, strip_marks=False),
-                      str.strip):
-        equal = [i for i, option in enumerate(options) if normalise(option) == normalise(text)]
-        if len(equal) == 1:
-            return equal[0], True
+                      lambda x: _normalise(x, fold_case=False, strip_marks=False)):
+        wanted = normalise(text)
+        equal = [option for option in options if normalise(option) == wanted]
+        if len(set(equal)) == 1:
+            return options.index(equal[0]), True
         if not equal and normalise is _normalise:
             return None, False
     return None, True
@@ -108,12 +133,13 @@ def _option_of_text(text, options):
 
 # Marks around an answer that do not change its meaning: quotes, brackets, Markdown, and at the end
 # those of a sentence. Not among them: the # of C#, the sign of −3 dB, %, $.
-_AROUND = "\"'`“”‘’«»()[]{}*_ "
+_AROUND = "\"'`“”‘’«»「」()[]{}（）［］｛｝＂＇*_ "
 _AT_END = _AROUND + ".,;:!?。、"
+_PLAIN = str.maketrans("‘’‚‛ʼ′“”„‟″«»‐‒–—―−", "'" * 6 + '"' * 7 + "-" * 6)
 
 
 def _normalise(text, fold_case=True, strip_marks=True):
-    text = unicodedata.normalize("NFKC", text)
+    text = unicodedata.normalize("NFKC", text).translate(_PLAIN)
     if fold_case:
         text = unicodedata.normalize("NFKC", text.casefold())
     text = " ".join(text.split())
@@ -127,7 +153,8 @@ def _normalise(text, fold_case=True, strip_marks=True):
 def format_reward(completion, format_style="think", prefilled=None):
     """r_format: 1.0 if the completion keeps to its format, else 0.0.  (Sec. 4; Appendix G)
 
-    "think": one <think> block that is not empty, nothing before it, an answer after it.
+    "think": one <think> block that is not empty, nothing before it, an answer after it. The answer
+    may be in an <answer> block: many models have learnt that, and it does no harm (ours).
     `prefilled`: True if the chat template has opened the block, so that the completion must not
     open it again; False if the completion must open it; None if the caller does not know: both
     count.
@@ -159,7 +186,8 @@ def think_is_prefilled(tokenizer, prompt):
 def extract_answer(completion, format_style="think"):
     """The answer in a completion, stripped; None if the format's block is missing or it is empty.
 
-    "think": what follows the last </think>. "reasoning": the inside of the last <answer> block.
+    "think": what follows the last </think>; if that holds one <answer> block, the inside of it.
+    "reasoning": the inside of the last <answer> block.
     """
     parts = _parts(completion, format_style)
     return (parts[1] or None) if parts else None
@@ -179,6 +207,9 @@ def _parts(completion, format_style):
     if format_style == "think":
         thinking, end, answer = completion.rpartition("</think>")
         thinking = thinking.strip().removeprefix("<think>").strip()
+        if answer.count("<answer>") == answer.count("</answer>") == 1:
+            block = re.search("<answer>(.*)</answer>", answer, re.S)
+            answer = block[1] if block else answer
         return (thinking, answer.strip()) if end else None
     if format_style == "reasoning":
         before, start, rest = completion.rpartition("<answer>")

@@ -37,8 +37,11 @@ def score(name, items, predictions, judge=None, embed=None, answers=None):
         accuracy, right, count   over all rows. right is the sum of points; an open question of
                                  MMAU-Pro earns a fraction of a point
         missing, empty           rows without a prediction (wrong), and with a blank one (scored)
+        unlisted, ceiling        closed rows whose answer is none of the options, and the highest
+                                 accuracy that predictions that are options can reach
         groups                   {"task": {"sound": {accuracy, right, count}, …}, …}
-        official                 the same over the official denominator. MMAU and MMAR leave out
+        official                 accuracy, right, count and groups over the official denominator
+                                 (MMSU: and a ceiling of its own). MMAU and MMAR leave out
                                  rows without a prediction. MMSU reads letters and leaves out rows
                                  without one. {} for MMAU-Pro: its official total is ours when no
                                  row is missing
@@ -59,14 +62,25 @@ def score(name, items, predictions, judge=None, embed=None, answers=None):
         points = [float(item.id in predictions
                         and string_match(item.answer, predictions[item.id], item.choices))
                   for item in items]
+        answers = answers or predictions
         report = {**_tally(items, points), "method": "string match", "notes": [],
-                  "official": _official(name, items, predictions, points, answers or predictions)}
-    missing = sum(item.id not in predictions for item in items)
+                  "official": _official(name, items, predictions, points, answers)}
+        blank = sum(answers.get(item.id, "-").strip() in ("", "None") for item in items)
+        if name == "mmsu" and blank:
+            report["notes"].append(
+                f"{blank} answers are blank or \"None\". The official script gives such a row the "
+                "letter of the row before (a bug); here its figure leaves them out.")
+    _note_ceilings(name, items, report, embed)
+    missing = [item for item in items if item.id not in predictions]
     if missing:
         report["notes"].append(
-            f"{missing} of {len(items)} rows have no prediction and count as wrong.")
+            f"{len(missing)} of {len(items)} rows have no prediction and count as wrong.")
+    if any(item.kind == "instruction following" for item in missing):
+        report["notes"].append(
+            "Some of them are instructions. The official script reads such a row as the word "
+            "\"nan\", which can pass a rule, such as \"All Lowercase\".")
     empty = sum(not predictions.get(item.id, "-").strip() for item in items)
-    return {"benchmark": name, **report, "missing": missing, "empty": empty}
+    return {"benchmark": name, **report, "missing": len(missing), "empty": empty}
 
 
 def _check_scoring(name, items, predictions):
@@ -83,6 +97,29 @@ def _check_scoring(name, items, predictions):
         if not isinstance(text, str):
             raise InputError(f"{name}: the prediction of {key!r} is {text!r}; give a text, or \"\" "
                              "for none")
+
+
+def _note_ceilings(name, items, report, embed):
+    """Adds to a report what answers that are none of the options cost."""
+    closed = [item for item in items if item.kind == "closed"]
+    unlisted = [item for item in closed if not item.answer_letters and
+                (name == "mmsu" or item.answer not in item.choices)]
+    # A token-set match can still accept an option, such as "Old-aged" for "old aged".
+    by_match = name != "mmau-pro" or embed is None
+    lost = [item for item in unlisted if not by_match or
+            not any(string_match(item.answer, choice, item.choices) for choice in item.choices)]
+    ceiling = 1 - len(lost) / report["count"] if report["count"] else None
+    report |= {"unlisted": len(unlisted), "ceiling": ceiling}
+    if not unlisted:
+        return
+    note = (f"Rows whose answer is none of the options: {len(unlisted)} of {len(closed)}. No "
+            f"option is right in {len(lost)} of them, so predictions that are options have a "
+            f"ceiling of {ceiling:.2%}.")
+    if name == "mmsu":
+        report["official"]["ceiling"] = 1 - len(unlisted) / len(items)
+        note += (" The official script counts all of these rows as wrong, whatever is answered: "
+                 f"its ceiling is {len(items) - len(unlisted)} of {len(items)}.")
+    report["notes"].append(note)
 
 
 def _official(name, items, predictions, points, answers):
@@ -134,8 +171,7 @@ def _is_right(item, prediction, embed):
         return follows_instruction(item.task_identifier, item.kwargs, prediction, item.question)
     if embed is None:
         return string_match(item.answer, prediction, item.choices)
-    return item.choices[closed_choice(prediction, item.choices, embed)].strip() == \
-        item.answer.strip()
+    return item.choices[closed_choice(prediction, item.choices, embed)] == item.answer
 
 
 def _open_points(items, predictions, judge):
@@ -225,15 +261,14 @@ _REFUSALS = {"no answer", "none", "n/a", "unknown", "i don't know", "i do not kn
 def map_to_option(text, choices, judge=None):
     """The extracted answer → the text of the option that it chooses, or "" for none.
 
-    The rules come first: rewards.chosen_option (text, letter, letter and text), then the only
-    option that string_match accepts. If neither decides, the judge is asked (if there is one), and
-    its reply must name an option by the same rules. A blank text is "" at once, and so is a short
-    refusal, unless an option has the same words. (paper: rules, then Qwen2.5-7B-Instruct)
+    The rules come first: rewards.chosen_option, which the training reward uses too (so an option
+    word for word is itself); then the only option that string_match accepts. If neither decides,
+    the judge is asked (if there is one), and its reply must name an option by the same rules. A
+    blank text is "", and so is a short refusal, unless an option has the same words. (paper: rules,
+    then Qwen2.5-7B-Instruct)
     """
-    if not text.strip() or _is_refusal(text, choices):
-        return ""
     chosen = _by_rules(text, choices)
-    if chosen or judge is None:
+    if chosen or judge is None or not text.strip() or _is_refusal(text):
         return chosen
     lettered = "\n".join(f"{chr(ord('A') + i)}. {choice}" for i, choice in enumerate(choices))
     reply = judge(MAP_PROMPT.format(options=lettered, answer=text))
@@ -243,17 +278,22 @@ def map_to_option(text, choices, judge=None):
 
 
 def _by_rules(text, choices):
-    options = [choice.strip() for choice in choices]
-    index = rewards.chosen_option(text.strip(), options)
+    index = rewards.chosen_option(text, [choice.strip() for choice in choices])
     if index is not None:
         return choices[index]
-    matching = [i for i, option in enumerate(options) if string_match(option, text, options)]
-    return choices[matching[0]] if len({options[i] for i in matching}) == 1 else ""
+    if _is_refusal(text):
+        return ""
+    matching = [choice for choice in choices if string_match(choice, text, choices)
+                and not _words(choice) <= _IN_ANY_SENTENCE]
+    return matching[0] if len({choice.strip() for choice in matching}) == 1 else ""
 
 
-def _is_refusal(text, choices):
-    refusal = text.strip(" \n\t.,;:!\"'*").replace("’", "'").lower()
-    return refusal in _REFUSALS and refusal not in {c.strip(" .").lower() for c in choices}
+# An option of these words alone, such as the key A, is not named by a sentence with them.  (ours)
+_IN_ANY_SENTENCE = {"a", "an", "the", "i", "it", "is"}
+
+
+def _is_refusal(text):
+    return text.strip(" \n\t.,;:!\"'*").replace("’", "'").lower() in _REFUSALS
 
 
 # ──────── MMAU-Pro: closed questions ────────

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import random
 from collections import Counter
 from pathlib import Path
 
@@ -113,7 +114,8 @@ def test_items_of_mmau_pro(tmp_path):
                                                     "closed": 4592, "not scored": 1}
     first = items[0]  # an instruction about two clips
     assert len(first.audio) == 2 and first.answer == "" and first.choices == ()
-    assert first.task_identifier == "Include Keywords" and first.kwargs == {"keywords": "dog"}
+    assert first.task_identifier == "Include Keywords"
+    assert first.kwargs == {"N": None, "keywords": "dog"}
     assert all(not item.task_identifier for item in items if item.kind != first.kind)
 
 
@@ -127,21 +129,22 @@ BASE = {"mmau": mmau_rows()[20], "mmar": mmar_rows()[0], "mmsu": mmsu_rows()[0],
     ("mmau", {"audio_id": []}, "'audio_id'"), ("mmau", {"audio_id": ["x.wav", 3]}, "'audio_id'"),
     ("mmau", {"question": ""}, "'question'"), ("mmau", {"choices": None}, "'choices' is None"),
     ("mmau", {"choices": "a seal"}, "'choices'"), ("mmau", {"choices": ["a seal"]}, "1 choices"),
-    ("mmau", {"choices": ["a seal", 3]}, "'choices'"),
-    ("mmau", {"choices": ["a seal", " "]}, "'choices'"),
-    ("mmau", {"answer": None}, "'answer' is None"),
-    ("mmau", {"answer": "a horse"}, "'a horse' is not among"),
-    ("mmau", {"task": None}, "'task' is None"), ("mmau", {"task": 3}, "'task' is 3"),
-    ("mmau", {"category": []}, "'category'"), ("mmar", {"modality": None}, "'modality'"),
-    ("mmar", {"answer": "bob"}, "not among"), ("mmar", {"audio_path": 3}, "'audio_path' is 3"),
-    ("mmsu", {"answer_gt": None}, "'answer_gt'"),
-    ("mmsu", {"answer_gt": "B"}, "'B' is not among"),
+    ("mmau", {"choices": ["a seal", True]}, "'choices'"),
+    ("mmau", {"choices": ["a seal", ["a dog"]]}, "'choices'"),
+    ("mmau", {"choices": ["a seal", " "]}, "1 choices"),
+    ("mmau", {"choices": [float("nan"), None]}, "0 choices"),
+    ("mmau", {"answer": None}, "'answer' is None"), ("mmau", {"answer": [3]}, "'answer'"),
+    ("mmau", {"task": None}, "'task' is None"), ("mmau", {"task": {"a": 1}}, "'task' is {"),
+    ("mmau", {"task": []}, "'task'"), ("mmar", {"modality": " "}, "'modality'"),
+    ("mmau", {"category": [["a"]]}, "'category'"), ("mmar", {"audio_path": 3}, "'audio_path' is 3"),
+    ("mmsu", {"answer_gt": None}, "'answer_gt'"), ("mmsu", {"audio": None}, "'audio_path' is None"),
     ("mmsu", {"choice_b": None, "choice_c": None, "answer_gt": "rising"}, "1 choices"),
-    ("mmsu", {"choice_c": ""}, "choice_a … choice_d"), ("mmsu", {"category": None}, "'category'"),
+    ("mmsu", {"choice_c": True}, "choice_a … choice_d"), ("mmsu", {"category": None}, "'category'"),
     ("mmau-pro", {"category": None}, "'category'"),
     ("mmau-pro", {"answer": None}, "'answer' is None"),
-    ("mmau-pro", {"answer": "a horse"}, "not among"),
     ("mmau-pro", {"category": "open", "answer": None}, "'answer'"),
+    ("mmau-pro", {"category": "instruction following", "task_identifier": "Title",
+                  "kwargs": {"N": "3"}}, "kwargs: field 'N' is '3'; give a number"),
     ("mmau-pro", {"category": "instruction following"}, "'task_identifier' is None"),
     ("mmau-pro", {"category": "instruction following", "task_identifier": "Title", "kwargs": "N"},
      "'kwargs' is 'N'"),
@@ -186,13 +189,126 @@ def test_bad_files_of_a_benchmark(tmp_path, file, content, message):
     assert str(tmp_path / file) in str(error.value) and "\n" not in str(error.value)
 
 
+@pytest.mark.parametrize("count, rest", [(1, None), (2, None), (20, None), (21, 1), (70, 50)])
+def test_all_bad_rows_are_reported_at_once(tmp_path, count, rest):
+    """With their lines, also those that are no json; the first 20 and the number of the rest."""
+    path = write(tmp_path / "rows.jsonl", [BASE["mmar"]] + [
+        BASE["mmar"] | {"id": f"r{i}", "question": None} for i in range(count - 1)])
+    with open(path, "a") as file:
+        file.write('{"id": \n')
+    with pytest.raises(InputError) as error:
+        read_benchmark("mmar", path)
+    said = str(error.value).splitlines()
+    for number, line in enumerate(said[:20], start=2):
+        fault = "not valid json" if number == count + 1 else "field 'question' is None"
+        assert line.startswith(f"{path}:{number}: {fault}")
+    assert said[20:] == ([f"{path}: … and {rest} more bad rows"] if rest else [])
+    assert len(said) == min(count, 20) + bool(rest)
+
+
 def test_what_is_tolerated(tmp_path):
-    """White space around the answer, a list of clips, and an absent group."""
+    """White space around the answer, a list of clips, and absent or empty groups."""
     row = BASE["mmau"] | {"answer": " a seal", "audio_id": ["./a/b.wav", "c.wav"],
-                          "difficulty": None}
+                          "difficulty": None, "sub-category": "", "category": ["b", None, "a"]}
     item, = read_benchmark("mmau", write(tmp_path / "rows.json", [row]))
     assert item.audio == (tmp_path / "a/b.wav", tmp_path / "c.wav")
-    assert item.answer == " a seal" and "difficulty" not in item.groups
+    assert item.answer == " a seal"
+    assert item.groups == {"task": BASE["mmau"]["task"], "category": "b + a"}
+
+
+@pytest.mark.parametrize("given, choices", [
+    (["Shut", "", "Open"], ("Shut", "Open")), (["Shut", "Open", None, " "], ("Shut", "Open")),
+    (["Shut", "Shut", "Shut."], ("Shut", "Shut", "Shut.")),  # equal options stay
+    ([8.5, 11, "twelve", float("nan")], ("8.5", "11", "twelve"))])
+def test_options_as_they_are(tmp_path, given, choices):
+    """An empty option is no option, a number is its text."""
+    row = BASE["mmar"] | {"choices": given, "answer": given[0]}
+    item, = read_benchmark("mmar", write(tmp_path / "rows.jsonl", [row]))
+    assert item.choices == choices and item.answer == choices[0]
+
+
+@pytest.mark.parametrize("name, column", [("mmau", "answer"), ("mmar", "answer"),
+                                          ("mmsu", "answer_gt"), ("mmau-pro", "answer")])
+def test_an_answer_that_is_no_option_is_kept(tmp_path, name, column):
+    row = BASE[name] | {column: "none of these"}
+    item, = read_benchmark(name, write(tmp_path / "rows.jsonl", [row]))
+    assert item.answer == "none of these" and item.kind == "closed" and not item.answer_letters
+
+
+@pytest.mark.parametrize("choices, answer, letters", [
+    ({"choice_a": 8.5, "choice_b": 11}, 8.5, "A"), ({"choice_a": 8.5, "choice_b": 11}, 11.0, "B"),
+    ({"choice_a": "8.5", "choice_b": 11}, 8.5, ""),  # a text and a number are never equal
+    ({"choice_a": "two", "choice_b": " three "}, "three", ""), ({"choice_a": "two"}, "Two", ""),
+    ({"choice_a": "two", "choice_b": "two"}, "two", "AB")])
+def test_mmsu_compares_the_values_as_they_are(tmp_path, choices, answer, letters):
+    """As the official script does."""
+    row = BASE["mmsu"] | choices | {"answer_gt": answer}
+    item, = read_benchmark("mmsu", write(tmp_path / "rows.jsonl", [row]))
+    assert item.answer_letters == letters
+
+
+@pytest.mark.parametrize("field, value, clip", [
+    ("audio", "a/s.wav", "a/s.wav"), ("audio_path", "a/s.wav", "a/s.wav"),
+    ("audio_path", "/a/s.wav", "a/s.wav"),  # MMSU's own root
+    ("audio", {"path": "s.wav", "bytes": "RIFF"}, "s.wav")])
+def test_both_names_of_the_audio_of_mmsu(tmp_path, field, value, clip):
+    row = {key: content for key, content in BASE["mmsu"].items() if key != "audio"}
+    path = write(tmp_path / "rows.jsonl", [row | {field: value}])
+    item, = read_benchmark("mmsu", path)
+    assert item.audio == (tmp_path / clip,)
+
+
+def test_an_absolute_path_that_exists_is_kept(tmp_path):
+    clip = tmp_path / "elsewhere.wav"
+    clip.touch()
+    path = write(tmp_path / "rows.jsonl", [BASE["mmsu"] | {"audio": str(clip)}])
+    item, = read_benchmark("mmsu", path, audio_root=tmp_path / "root")
+    assert item.audio == (clip,)
+
+
+# ──────── whole files with the quirks of the official ones ────────
+
+KINDS = [f"{adjective} {noun}" for adjective in ("quiet", "loud", "distant", "broken")
+         for noun in ("bell", "drum", "river", "engine", "voice", "step")]
+
+
+def quirky_files():
+    """→ {benchmark: rows}, from a seeded generator: the official row counts and their oddities."""
+    rng = random.Random(7)
+
+    def options(count=4):
+        return rng.sample(KINDS, count)
+
+    mmar = [row | {"choices": (given := options()), "answer": given[i % 4]}
+            for i, row in enumerate(mmar_rows())]
+    for row in mmar[:4]:  # an empty option
+        row["choices"] = [*row["choices"], ""]
+    for row in mmar[10:15]:  # an answer that is only a part of its option
+        row["answer"] = row["choices"][1].split()[1]
+    mmar[20]["choices"][3] = mmar[20]["choices"][1]  # an option twice
+    mmsu = []
+    for i, row in enumerate(mmsu_rows()):
+        given = options()
+        row = {key: value for key, value in row.items() if key != "audio"}
+        row |= {"audio_path": f"/audio/s{i}.wav", "answer_gt": given[i % 4],
+                **dict(zip(("choice_a", "choice_b", "choice_c", "choice_d"), given))}
+        mmsu.append(row)
+    for row in mmsu[:205]:  # numbers
+        row |= {"choice_a": 8.5, "choice_b": 11, "choice_c": 13.25, "choice_d": None,
+                "answer_gt": 11}
+    for row in mmsu[300:351]:  # a hyphen more
+        row["answer_gt"] = row["choice_b"].replace(" ", "-")
+    for row in mmsu[351:355]:  # another text
+        row["answer_gt"] = "thunder"
+    for row in mmsu[400:437]:  # an option twice
+        row["choice_d"] = row["choice_c"] = row["answer_gt"] = row["choice_a"]
+    pro = mmau_pro_rows()
+    closed = [row for row in pro if row["choices"]]
+    for row in closed[:20]:
+        row["answer"] = "a horse"
+    closed[30]["answer"] = "a dog "  # with a trailing blank
+    told = pro[0] | {"task_identifier": "Number Bullets", "kwargs": {"N": None, "keywords": None}}
+    return {"mmar": mmar, "mmsu": mmsu, "mmau-pro": [told, *pro[1:]]}
 
 
 def test_parquet_with_packed_sound(tmp_path):
@@ -232,7 +348,8 @@ INSTRUCTIONS = [
     (FREQUENCY, {"keyword": "dog", "N": 1}, "dog dog", FAIL),
     (FREQUENCY, {"keyword": "dog"}, "a cat", PASS),  # N is 0 by default
     (FREQUENCY, {"keyword": "dog", "N": None}, "a dog", FAIL),
-    (FREQUENCY, {"keyword": "dog", "N": NAN}, "a cat", PASS),
+    (FREQUENCY, {"keyword": "dog", "N": None}, "a cat", FAIL),  # no count equals null
+    (FREQUENCY, {"keyword": "dog", "N": NAN}, "a cat", FAIL),
     (FREQUENCY, {"keyword": "a b a", "N": 1}, "a b a b a", PASS),  # no overlaps
     (FREQUENCY, {"keyword": "d.g", "N": 0}, "dog", PASS),  # not a regular expression
     (FREQUENCY, {"keyword": "C++", "N": 1}, "I write C++ code", FAIL),  # a word cannot end in +
@@ -297,6 +414,10 @@ INSTRUCTIONS = [
     ("Number Bullets", {"N": 1}, "*one", FAIL),
     ("Number Bullets", {"N": 1}, "see * one", FAIL),
     ("Number Bullets", {"N": 0}, "** one", PASS),
+    ("Number Bullets", {}, "one", PASS),
+    ("Number Bullets", {"N": None}, "one", FAIL),
+    ("Number Paragraphs", {"N": None}, "", FAIL),
+    (SECTIONS, {"N": None, "section_splitter": "Part"}, "", FAIL),
     ("Number Bullets", {"N": 1}, "*\n\n* one", PASS),  # the first one takes both line breaks
     ("Number Bullets", {"N": 2.0}, "  * one\n* two", PASS),
     ("Title", None, "<<Bark>>\nA dog", PASS),

@@ -51,6 +51,16 @@ def test_total_reward_needs_three_weights():
     ("think", "", None, None),
     ("think", "a</think>b</think>c", "c", ("a</think>b", "c")),
     ("think", "<reasoning>r</reasoning><answer>a dog</answer>", None, None),
+    ("think", "<think>r</think>\n<answer>\n a dog </answer>", "a dog", ("r", "a dog")),
+    ("think", "r</think>It is <answer>a dog</answer>.", "a dog", ("r", "a dog")),
+    ("think", "<answer>a cat</answer></think><answer>a dog</answer>", "a dog",
+     ("<answer>a cat</answer>", "a dog")),
+    ("think", "r</think><answer> </answer>", None, None),
+    ("think", "r</think><answer>B</answer><answer>C</answer>",  # not one block, so it is text
+     "<answer>B</answer><answer>C</answer>", ("r", "<answer>B</answer><answer>C</answer>")),
+    ("think", "r</think><answer>a dog", "<answer>a dog", ("r", "<answer>a dog")),
+    ("think", "r</think></answer>a dog<answer>", "</answer>a dog<answer>",
+     ("r", "</answer>a dog<answer>")),
     ("reasoning", "<reasoning>It barks.</reasoning>\n<answer> a dog </answer>", "a dog",
      ("It barks.", "a dog")),
     ("reasoning", "<answer>a dog</answer>", "a dog", None),
@@ -92,19 +102,61 @@ def accuracies(predicted, choices):
     "a dog", "A dog.", " A  DOG ", "a\ndog", "\"a dog\"", "“a dog”", "**a dog**", "(a dog)",
     "a dog!", "ａ ｄｏｇ",
     "B", "b", "B.", "(b)", "(B)", "B)", "[B]", "**B**", "B:", "'B'",
-    "B) a dog", "B. a dog", "(B) A dog.", "b: a dog", "**B. a dog**", "B.a dog",
+    "B) a dog", "B. a dog", "(B) A dog.", "b: a dog", "**B. a dog**", "B.a dog", "B - a dog",
+    "B – a dog", "**B.** a dog", "(B): a dog", "‘a dog’", "«a dog»", "「a dog」",
+    "Ｂ", "（Ｂ）", "Ｂ．a dog", "B：a dog", "（B）ａ dog",
+    "Answer: B", "answer: b", "Answer: a dog", "**Answer:** B", "**Answer**: a dog", "Answer：B",
+    "The answer is B.", "the answer is B", "The answer is: B", "The answer is a dog.",
+    "The correct answer is (B) a dog.", "My final answer is \"a dog\".", "Final Answer:\n\nB",
+    "Option B", "option (b)", "Option B: a dog", "The answer is option B.", "### Answer: B",
+    "\\boxed{B}", "$\\boxed{B}$", "\\boxed{a dog}", "\\boxed{\\text{B}}",
+    "\\[\\boxed{ B. a dog }\\]", "The answer is $\\boxed{B}$.", "**The answer is B.**", "<answer>B</answer>",
+    "<answer>\nThe answer is a dog.\n</answer>",
 ])
 def test_right_answers(predicted):
     assert accuracy(predicted, "a dog", ANIMALS) == 1.0
 
 
 @pytest.mark.parametrize("predicted", [
-    "a", "dog", "a do", "a dog barks", "It is a dog", "the answer is B", "a seal", "adog",
+    "a", "dog", "a do", "a dog barks", "It is a dog", "a seal", "adog",
     "a dog, a cat", "", "...", "A", "C", "D", "Z", "BB", "1", "2", "é", "ß", "B or C", "B, C",
-    "B a dog", "A) a dog", "B) a cat", "B) dog", "B) a dog or a seal",
+    "B a dog", "A) a dog", "B) a cat", "B) dog", "B) a dog or a seal", "A - a dog", "B-dog",
+    "Answer:", "The answer is", "Answer: dog", "The answer is not B", "The answer isn't B",
+    "The answer is B or C", "Answer: B\n\nIt barks.", "The answers: B", "Options A and B",
+    "Answer: A) a dog", "\\boxed{A}", "\\boxed{}", "\\boxed{A} or \\boxed{B}", "\\boxed{B} or C",
+    "<answer>A</answer><answer>B</answer>", "I think it is B", "a dog is the answer",
 ])
 def test_wrong_answers(predicted):
     assert accuracy(predicted, "a dog", ANIMALS) == 0.0
+
+
+@pytest.mark.parametrize("predicted, answer", [
+    ("The answer is A.", "delayed"), ("The answer is a", "delayed"), ("A", "delayed"),
+    ("The answer is the.", "the"), ("The answer is a meeting.", None), ("I", None), ("a the", None),
+    ("The answer is an accident", None)])
+def test_a_letter_is_no_article_and_no_pronoun(predicted, answer):
+    """A single letter is that of an option; a letter before a word names nothing."""
+    words = ["delayed", "meeting", "accident", "the"]
+    assert accuracies(predicted, words) == [float(word == answer) for word in words]
+
+
+@pytest.mark.parametrize("predicted", ["It’s a bell", "It's a bell", "“IT‘S A BELL.”"])
+def test_typographic_forms_are_the_same(predicted):
+    for option in ("It's a bell", "It’s a bell"):
+        assert accuracy(predicted, option, [option, "a drum"]) == 1
+    assert accuracy("twenty–two", "twenty-two", ["twenty-two", "2"]) == 1
+
+
+def test_an_option_that_is_printed_twice():
+    """As in some rows of the benchmarks: every way to name either of the two is right."""
+    twice = ["twelve", "seven", "twelve", "Seven"]
+    for said in ("twelve", "A", "C", "C) twelve", "Answer: twelve"):
+        assert accuracy(said, "twelve", twice) == 1 and accuracy(said, "seven", twice) == 0
+    assert accuracies("seven", twice) == [0, 1, 0, 0]
+
+
+def test_an_answer_that_is_none_of_the_options_is_never_right():
+    assert not any(accuracy(said, "a cow", ANIMALS) for said in ("a cow", *ANIMALS, "A", "D"))
 
 
 @pytest.mark.parametrize("predicted, answer", [
@@ -112,6 +164,8 @@ def test_wrong_answers(predicted):
     ("(a)", "a"), ("Ａ", "A"), ("ａ", "a"),
     ("D", "a"),  # not the text of an option, so the letter of the fourth
     ("A. B", "B"), ("C) A", "A"), ("D) a", "a"), ("d) a.", "a"),
+    ("The answer is A.", "A"), ("Answer: a", "a"), ("Option C", "C"), ("\\boxed{B}", "B"),
+    ("**A**", "A"), ("D - a", "a"),
 ])
 def test_options_that_are_letters(predicted, answer):
     """Texts are tried before letters."""
@@ -151,13 +205,10 @@ def test_accuracy_needs_the_place_for_an_answer(completion, style, reward):
     assert accuracy_reward(completion, "a dog", ANIMALS, style) == reward
 
 
-@pytest.mark.parametrize("answer, choices, message", [
-    ("a cow", ANIMALS, "a cow"), ("A DOG", ANIMALS, "A DOG"), ("a dog", ["a dog"], "two"),
-    ("a dog", [], "two"), ("a dog", ["a dog", "a dog "], "twice"),
-])
-def test_bad_questions_are_errors(answer, choices, message):
-    with pytest.raises(ValueError, match=message):
-        accuracy("a dog", answer, choices)
+@pytest.mark.parametrize("choices", [[], ["a dog"]])
+def test_fewer_than_two_choices_are_an_error(choices):
+    with pytest.raises(ValueError, match="at least two"):
+        accuracy("a dog", "a dog", choices)
 
 
 option_texts = st.one_of(st.text("abAB.!()#é² \"", min_size=1, max_size=4),
@@ -170,6 +221,34 @@ option_texts = option_texts.map(str.strip).filter(lambda text: text and "</think
 def test_the_text_of_an_option_names_that_option_alone(choices, data):
     said = data.draw(st.sampled_from(choices))
     assert accuracies(said, choices) == [float(choice == said) for choice in choices]
+
+
+FORMS = ["{letter}", "({letter})", "{letter}.", "{letter}) {text}", "{letter}. {text}",
+         "{letter} - {text}", "{letter}: {text}", "{text}", "**{text}**", "“{text}”"]
+LEADS = ["{}", "Answer: {}", "**Answer:** {}", "The answer is {}.", "The correct answer is: {}",
+         "\\boxed{{{}}}", "The answer is $\\boxed{{{}}}$.", "<answer>{}</answer>", "Option {}"]
+names = st.lists(st.text("bdeg", min_size=2, max_size=4), min_size=1, max_size=3).map(" ".join)
+sounds = st.lists(names, min_size=2, max_size=6, unique=True)
+
+
+@settings(max_examples=200, deadline=None)
+@given(choices=sounds, form=st.sampled_from(FORMS), lead=st.sampled_from(LEADS), data=st.data())
+def test_every_form_names_its_option(choices, form, lead, data):
+    """Each form can follow each lead."""
+    index = data.draw(st.integers(0, len(choices) - 1))
+    said = lead.format(form.format(letter="ABCDEF"[index], text=choices[index]))
+    assert accuracies(said, choices) == [float(i == index) for i in range(len(choices))]
+
+
+@settings(max_examples=200, deadline=None)
+@given(choices=sounds, lead=st.sampled_from(LEADS), data=st.data())
+def test_a_part_of_an_option_earns_nothing(choices, lead, data):
+    """No proper substring of the right option does, but for a letter that names it."""
+    right = data.draw(st.sampled_from(choices))
+    start = data.draw(st.integers(0, len(right) - 2))
+    part = right[start:data.draw(st.integers(start + 2, len(right)))].strip()
+    assume(1 < len(part) < len(right))
+    assert accuracy(lead.format(part), right, choices) == 0.0
 
 
 @settings(max_examples=200, deadline=None)
@@ -207,6 +286,9 @@ def test_neither_a_prefix_nor_a_longer_text_is_right(words, extra):
     ("<think> \n</think>a dog", 0, 0),
     ("</think>a dog", 0, 0),
     ("a dog</think><think>", 0, 0),
+    ("<think>It barks.</think><answer>a dog</answer>", 1, 0),
+    ("It barks.</think><answer>a dog</answer>", 0, 1),
+    ("<think>It barks.</think><answer></answer>", 0, 0),
     ("", 0, 0),
 ])
 def test_think_format(completion, opened, prefilled):

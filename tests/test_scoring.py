@@ -16,7 +16,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_benchmarks import mmar_rows, mmau_pro_rows, mmau_rows, mmsu_rows, write
+from test_benchmarks import (mmar_rows, mmau_pro_rows, mmau_rows, mmsu_rows, quirky_files, write)
 
 import rewards
 import scoring
@@ -42,6 +42,7 @@ COUNTS = ["one", "two", "twenty two", "2"]
 DUCKS = ["duck", "duck and goose", "goose"]
 DASHED = ["high-pitched whistle", "low-pitched whistle", "a hum"]
 TWINS = ["Rain!", "rain", "wind"]  # two options with the same words
+LATE = ["delayed", "meeting", "accident", "the"]
 
 
 @pytest.mark.parametrize("answer, prediction, choices, right", [
@@ -170,9 +171,29 @@ def test_mmsu_letter(prediction, letter):
     ("Rain", ["Rain ", "Rain", "wind"], "Rain "),  # the same option twice
     ("twenty two", COUNTS, "twenty two"), ("duck", DUCKS, "duck"), ("A", ["B", "A"], "A"),
     ("C", ["B", "A"], ""),
+    # an option of an official file that is printed twice, beside one of the same words
+    ("slow then fast.", ["slow then fast.", "fast then slow.", "slow then fast."],
+     "slow then fast."),
+    ("Answer: B", PETS, "a seal"), ("The answer is B.", PETS, "a seal"),
+    ("Option B", PETS, "a seal"), ("B - a seal", PETS, "a seal"), ("\\boxed{B}", PETS, "a seal"),
+    ("**B**", PETS, "a seal"), ("'a seal'", PETS, "a seal"), ("The answer is A.", LATE, "delayed"),
+    ("I think the one is B", LATE, ""), ("I hear a chord", ["I", "IV"], ""),
+    ("It is a flute", ["A", "B"], ""), ("The key is C", ["A", "C"], "C"),
+    ("The answer is the.", LATE, "the"), ("the", LATE, "the"),
+    ("I don’t know", ["I don’t know", "a dog"], "I don’t know"), ("N/A", ["N/A", "yes"], "N/A"),
 ])
 def test_map_to_option_by_rules(text, choices, option):
     assert map_to_option(text, choices) == option
+
+
+@settings(max_examples=100, deadline=None)
+@given(choices=st.lists(st.text(min_size=1, max_size=12).map(str.strip).filter(bool), min_size=2,
+                        max_size=6), data=st.data())
+def test_an_option_word_for_word_maps_to_itself(choices, data):
+    """Also when it is printed twice, reads like a refusal, or looks like the letter of another."""
+    said = data.draw(st.sampled_from(choices))
+    assert map_to_option(said, choices) == said
+    assert map_to_option(f" {said}\n", choices) == said
 
 
 @pytest.mark.parametrize("reply, option", [
@@ -502,7 +523,7 @@ def test_mmsu(tmp_path, suffix):
 def test_mmsu_letters_stand_for_columns(tmp_path):
     """An empty column keeps its letter: the third choice is D."""
     rows = [{"id": 7, "audio": "a.wav", "question": "q", "choice_a": "one", "choice_b": "two",
-             "choice_c": None, "choice_d": " three ", "answer_gt": "three",
+             "choice_c": None, "choice_d": " three ", "answer_gt": " three ",
              "category": "Perception"}]
     item, = read_benchmark("mmsu", write(tmp_path / "x.jsonl", rows))
     assert item.id == "7" and item.choices == ("one", "two", " three ")
@@ -512,6 +533,99 @@ def test_mmsu_letters_stand_for_columns(tmp_path):
     assert (wrong["accuracy"], wrong["right"], wrong["count"]) == (0, 0, 1)
     assert wrong["groups"] == {"category": {"Perception": {"accuracy": 0, "right": 0, "count": 1}}}
     assert score("mmsu", [item], {"7": "three"})["official"]["accuracy"] is None  # no row is left
+
+
+@pytest.mark.parametrize("name, file", [("mmar", "x.jsonl"), ("mmar", "x.json"),
+                                        ("mmsu", "x.jsonl"), ("mmau-pro", "x.parquet")])
+def test_files_with_the_quirks_of_the_official_ones(tmp_path, name, file):
+    """Read, mapped and scored whole; every denominator is right.
+
+    Two of three closed rows name the right option, the others a wrong one, in five styles by turns:
+    text, letter, lead, letter and text, LaTeX.
+    """
+    items = read_benchmark(name, write(tmp_path / file, quirky_files()[name]))
+    assert len(items) == {"mmar": 1000, "mmsu": 5000, "mmau-pro": 5305}[name]
+    answers, named_right, closed = {}, set(), [item for item in items if item.kind == "closed"]
+    for i, item in enumerate(closed):
+        right = item.choices.index(item.answer) if item.answer in item.choices else 1
+        chosen = (right + (i % 3 == 0)) % len(item.choices)
+        letter, option = "ABCDE"[chosen], item.choices[chosen]
+        answers[item.id] = (option, letter, f"The answer is {letter}.", f"{letter} - {option}",
+                            f"\\boxed{{{letter}}}")[i % 5]
+        if i % 3:
+            named_right.add(item.id)
+    predictions = {item.id: map_to_option(answers[item.id], item.choices) for item in closed}
+    assert "" not in predictions.values()
+    rest = {item.id: "a dog" for item in items if item.kind != "closed"}
+    report = score(name, items, predictions | rest, lambda prompt: "OVERALL: 4", letters_embed,
+                   answers)
+    json.dumps(report, allow_nan=False)
+    note, = [note for note in report["notes"] if "none of the options" in note]
+    if name == "mmar":
+        unlisted = {f"r{i}" for i in range(10, 15)}
+        assert report["right"] == len(named_right - unlisted) and report["count"] == 1000
+        assert (report["unlisted"], report["ceiling"]) == (5, 0.995)
+        assert note.startswith("Rows whose answer is none of the options: 5 of 1000. No option is "
+                               "right in 5 of them")
+        assert sum(counts(report, "modality").values()) == report["official"]["count"] == 1000
+    elif name == "mmsu":
+        hyphens, thunder = ({f"s{i}" for i in of} for of in (range(300, 351), range(351, 355)))
+        assert report["right"] == len(named_right - thunder) and report["count"] == 5000
+        assert (report["unlisted"], report["ceiling"]) == (55, 4996 / 5000)
+        with_letter = {item.id for i, item in enumerate(items) if i % 5}  # not those by text
+        official = report["official"]
+        assert official["count"] == 4000 and official["ceiling"] == 4945 / 5000
+        assert official["right"] == len((named_right & with_letter) - hyphens - thunder)
+        assert "its ceiling is 4945 of 5000" in note
+        assert counts(report, "category") == {"Perception": 2580, "Reasoning": 2420}
+    else:
+        unlisted = {item.id for item in closed if item.answer != "a dog"}  # one ends in a blank
+        parts = report["parts"]
+        assert {kind: part["count"] for kind, part in parts.items()} == {
+            "closed": 4592, "open": 625, "instruction following": 87}
+        assert parts["closed"]["right"] == len(named_right - unlisted) and len(unlisted) == 21
+        assert parts["instruction following"]["right"] == 86  # no count equals an N of null
+        assert (report["unlisted"], report["count"]) == (21, 5304)
+        assert report["ceiling"] == pytest.approx(1 - 21 / 5304)
+        assert report["right"] == pytest.approx(parts["closed"]["right"] + 86 + 625 * 0.8)
+
+
+def test_an_answer_that_is_none_of_the_options(tmp_path):
+    """It is scored by the benchmark's own match, also when no option can be right."""
+    row = mmar_rows()[0] | {"choices": ["Falling rain", "Rising wind"], "answer": "falling"}
+    items = read_benchmark("mmar", write(tmp_path / "x.jsonl", [row]))
+    reports = {text: score("mmar", items, {"r0": text}) for text in ("falling", "Falling rain", "")}
+    assert [report["accuracy"] for report in reports.values()] == [1, 0, 0]
+    assert all((report["unlisted"], report["ceiling"]) == (1, 0) for report in reports.values())
+
+
+def test_mmsu_counts_an_answer_spelt_otherwise_as_wrong(tmp_path):
+    """The official script does; the token-set match of the paper need not. The report says both."""
+    row = mmsu_rows()[0] | {"choice_a": "Old-aged", "answer_gt": "old aged"}
+    items = read_benchmark("mmsu", write(tmp_path / "x.jsonl", [row]))
+    for letter in "ABCD":
+        report = score("mmsu", items, {"s0": "Old-aged"}, answers={"s0": letter})
+        assert report["accuracy"] == 1 and report["official"]["accuracy"] == 0
+    assert (report["unlisted"], report["ceiling"], report["official"]["ceiling"]) == (1, 1, 0)
+    assert "its ceiling is 0 of 1" in report["notes"][0]
+
+
+@pytest.mark.parametrize("answer, noted", [("", True), (" \n", True), ("None", True), ("B", False),
+                                           ("none", False)])
+def test_blank_answers_of_mmsu_are_named(tmp_path, answer, noted):
+    """The official script would give them the letter of the row before."""
+    items = read_benchmark("mmsu", write(tmp_path / "x.jsonl", mmsu_rows()[:2]))
+    report = score("mmsu", items, {"s0": "falling", "s1": ""}, answers={"s0": "B", "s1": answer})
+    assert report["official"]["count"] == 1 + (answer == "B")
+    assert [note for note in report["notes"] if "the row before" in note] == noted * [
+        '1 answers are blank or "None". The official script gives such a row the letter of the row '
+        "before (a bug); here its figure leaves them out."]
+
+
+def test_missing_instruction_rows_are_named(pro):
+    report = score("mmau-pro", pro[:3], {"p0": "a dog"})
+    assert report["right"] == 1 and report["missing"] == 2
+    assert any('the word "nan"' in note for note in report["notes"])
 
 
 @pytest.fixture(scope="module")
