@@ -13,7 +13,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_evaluate import run, world  # noqa: F401 (a fixture)
+from test_evaluate import run, world, write_quirks  # noqa: F401 (world is a fixture)
 from test_plots import curves_of, pictures, write_lines  # noqa: F401 (a fixture)
 from tiny import lines
 
@@ -416,6 +416,20 @@ def test_the_closed_questions_of_a_benchmark(tmp_path):
     assert [(q.id, q.question, q.choices, q.answer, q.audio) for q in questions] == [
         ("p0", "question 0", ("a dog", "a cat"), "a cat", (tmp_path / "a.wav",)),
         ("p2", "question 2", ("a cat", "a hum"), "a cat", (tmp_path / "a.wav",))]
+
+
+def test_trace_and_acs_take_a_file_with_quirks(world, tmp_path):  # noqa: F811
+    """Equal options, answers that are no option, numbers, several clips."""
+    write_quirks(tmp_path)
+    arguments = ["--model", world / "model", "--benchmark", "mmar", "--data",
+                 tmp_path / "mmar.jsonl", "--max_new_tokens", 2, "--target_layers", 1]
+    code, _, err = run("trace", *arguments, "--out", tmp_path / "trace")
+    assert code == 0, err
+    assert len(lines(tmp_path / "trace" / "trace.jsonl")) == 5
+    code, out, err = run("acs", *arguments, "--out", tmp_path / "acs")
+    assert code == 0, err
+    assert len(lines(tmp_path / "acs" / "acs.jsonl")) == 5
+    assert "answer is none of the options, counted as wrong: 1 of 5" in out
 
 
 @pytest.mark.parametrize("given, layers", [(None, [43, 44, 45, 46, 47]), ([3, 7], [3, 7])])

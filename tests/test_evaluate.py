@@ -161,7 +161,8 @@ def test_unreadable_audio_is_reported_and_counts_as_wrong(world, tmp_path, says)
     assert code == 0 and report["accuracy"] == pytest.approx(4 / 6) and report["count"] == 6
     assert asked == [row["id"] for row in lines(out / "completions.jsonl")]
     assert asked == ["m0", "m2", "m3", "m5"] and set(report["unreadable"]) == {"m1", "m4"}
-    assert "m1: counted as wrong" in text and "m4: counted as wrong" in text
+    assert "m1: counted as wrong" in text
+    assert f"m4: counted as wrong: {tmp_path / 'm4.wav'}: no such file; see --audio_root" in text
     assert {row["id"]: row["prediction"] for row in lines(out / "predictions.jsonl")} == {
         i: answers[i] for i in asked}
     assert report["missing"] == 2
@@ -255,6 +256,39 @@ def test_mmau_pro_maps_only_closed_answers(world, tmp_path, says):
     assert report["answers that name no option"] == 1
 
 
+def write_quirks(folder):
+    """A file of MMAR with an empty option, equal options, and answers that are no option."""
+    changes = {"empty": {"choices": ["a bell", "a dog", ""], "answer": "a bell"},
+               "twice": {"choices": ["twelve", "two", "twelve"], "answer": "twelve"},
+               "words": {"choices": ["fast; slow", "slow; fast", "fast; slow"],
+                         "answer": "fast; slow", "category": ["a", "b"]},
+               "part": {"choices": ["falling rain", "rising wind"], "answer": "falling"},
+               "number": {"choices": [8.5, 11], "answer": 11, "audio_path": ["clip.wav"] * 2}}
+    write_benchmark(folder / "mmar.jsonl", [
+        mmar_rows()[0] | {"id": i, "audio_path": "clip.wav"} | change
+        for i, change in changes.items()])
+    return changes
+
+
+def test_a_benchmark_with_the_quirks_of_official_files(world, tmp_path, says):
+    """An option word for word is right, but where the answer is none of them: the report says so.
+
+    The same holds when the predictions are scored again.
+    """
+    changes = write_quirks(tmp_path)
+    says({i: f"hm</think> {row['choices'][-1] or 'A'}" if i == "number" else
+          f"hm</think> {row['choices'][0]}" for i, row in changes.items()})
+    code, out, err = run("mmar", "--model", world / "model", "--data", tmp_path / "mmar.jsonl",
+                         "--out", tmp_path / "out")
+    assert code == 0, err
+    report = report_of(tmp_path / "out")
+    assert (report["right"], report["count"], report["unlisted"]) == (4, 5, 1)
+    assert report["ceiling"] == 0.8 and "ceiling of 80.00%" in out
+    code, out, err = run("score", "mmar", "--predictions", tmp_path / "out/predictions.jsonl",
+                         "--data", tmp_path / "mmar.jsonl")
+    assert code == 0 and json.loads(out[:out.rindex("}") + 1])["right"] == 4, err
+
+
 def test_whole_texts_as_answers(world, tmp_path, says):
     """--format_style none, for a model that does not think aloud."""
     says({row["id"]: row["answer"] for row in write_mmau(tmp_path, count=4)})
@@ -300,6 +334,19 @@ def test_score_command(tmp_path):
         write(file, [*predictions, extra])
         code, _, err = run(*arguments)
         assert code == 2 and message in err and err.count("\n") == 1
+    write(file, [*predictions, {"id": "m0", "prediction": "x"}, {"id": 3}])
+    code, _, err = run(*arguments)  # all bad lines at once
+    assert code == 2 and err.count("\n") == 2
+    assert "predictions.jsonl:4: a second" in err and "predictions.jsonl:5: give" in err
+
+
+def test_predictions_with_numbers(tmp_path):
+    """A number is its text, as in the benchmark's own file."""
+    write(tmp_path / "mmar.jsonl", [mmar_rows()[0] | {"id": 7, "choices": [8.5, 11], "answer": 11}])
+    write(tmp_path / "predictions.jsonl", [{"id": 7, "prediction": 11}])
+    code, out, err = run("score", "mmar", "--predictions", tmp_path / "predictions.jsonl",
+                         "--data", tmp_path / "mmar.jsonl")
+    assert code == 0 and json.loads(out[:out.rindex("}") + 1])["accuracy"] == 1, err
 
 
 # ──────── the paper's tables ────────
@@ -403,6 +450,13 @@ def test_contamination(tmp_path):
     assert code == 0, err
     for kind, shared in (("id", 0), ("audio file name", 1), ("audio samples", 1)):
         assert f"{kind}: {shared} shared" in out
+
+
+def test_contamination_of_a_file_with_quirks(world, tmp_path):
+    write_quirks(tmp_path)
+    code, out, err = run("contamination", "--train", world / "train.jsonl", "--benchmark", "mmar",
+                         "--data", tmp_path / "mmar.jsonl")
+    assert code == 0 and "id: 0 shared, of 6 in training and 5 in the benchmark" in out, err
 
 
 # ──────── the command line ────────

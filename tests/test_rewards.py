@@ -110,8 +110,8 @@ def accuracies(predicted, choices):
     "The correct answer is (B) a dog.", "My final answer is \"a dog\".", "Final Answer:\n\nB",
     "Option B", "option (b)", "Option B: a dog", "The answer is option B.", "### Answer: B",
     "\\boxed{B}", "$\\boxed{B}$", "\\boxed{a dog}", "\\boxed{\\text{B}}",
-    "\\[\\boxed{ B. a dog }\\]", "The answer is $\\boxed{B}$.", "**The answer is B.**", "<answer>B</answer>",
-    "<answer>\nThe answer is a dog.\n</answer>",
+    "\\[\\boxed{ B. a dog }\\]", "The answer is $\\boxed{B}$.", "**The answer is B.**",
+    "<answer>B</answer>", "<answer>\nThe answer is a dog.\n</answer>",
 ])
 def test_right_answers(predicted):
     assert accuracy(predicted, "a dog", ANIMALS) == 1.0
