@@ -35,7 +35,13 @@ class Item:
 
 
 def question_of(item):
-    """An Item → the Question that the model is asked."""
+    """An Item → the Question that the model is asked.
+
+    Raises InputError if a clip does not exist.
+    """
+    for clip in item.audio:
+        if not os.path.isfile(clip):
+            raise InputError(f"{clip}: no such file; see --audio_root")
     return Question(item.id, item.audio, item.question, item.choices, item.answer)
 
 
@@ -74,31 +80,31 @@ def read_benchmark(name, path, audio_root=None):
     if name not in BENCHMARKS:
         raise InputError(f"no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
     path = Path(path)
-    items, place_of, bad = [], {}, []
-    for where, row in _rows(path, bad):
+    items, place_of, errors = [], {}, []
+    for where, row in _rows(path, errors):
         try:
             item = _item(name, json_object(row, where), Path(audio_root or path.parent), where)
             if item.id in place_of:
                 raise InputError(f"{where}: id {item.id!r} is already used in "
                                  f"{place_of[item.id]}; make ids unique")
         except InputError as error:
-            bad.append(error)
+            errors.append(error)
             continue
         place_of[item.id] = where
         items.append(item)
-    raise_bad_rows(path, bad)
+    raise_bad_rows(path, errors)
     if not items:
         raise InputError(f"{path}: no rows in this file; give the file of {name} as published")
     return items
 
 
-def _rows(path, bad):
+def _rows(path, errors):
     """→ (where, row) for each row of a file; `where` names the file and the line or row.
 
-    bad: see data.json_lines.
+    errors: see data.json_lines.
     """
     if path.suffix == ".jsonl":
-        yield from ((f"{path}:{number}", row) for number, row in json_lines(path, bad))
+        yield from ((f"{path}:{number}", row) for number, row in json_lines(path, errors))
         return
     readers = {".json": _json_rows, ".parquet": _parquet_rows}
     if path.suffix not in readers:
@@ -164,7 +170,7 @@ def _as_text(value):
     Any other value stays as it is.
     """
     if isinstance(value, list):
-        return [_as_text(one) for one in value]
+        return [one if isinstance(one, list) else _as_text(one) for one in value]
     if isinstance(value, (int, float)) and not isinstance(value, bool):
         return str(value) if value == value else None
     return value
@@ -230,8 +236,8 @@ def read_predictions(path):
     Our own lines also have "answer", the text that the prediction was made from; elsewhere it is
     the prediction itself. Raises InputError for all bad lines at once.
     """
-    predictions, answers, bad = {}, {}, []
-    for number, row in json_lines(path, bad):
+    predictions, answers, errors = {}, {}, []
+    for number, row in json_lines(path, errors):
         name, prediction = _as_text(row.get("id")), _as_text(row.get("prediction"))
         answer = _as_text(row.get("answer", prediction))
         if not isinstance(name, str) or not isinstance(prediction, str):
@@ -243,8 +249,8 @@ def read_predictions(path):
         else:
             predictions[name], answers[name] = prediction, answer
             continue
-        bad.append(InputError(f"{path}:{number}: {fault}"))
-    raise_bad_rows(path, bad)
+        errors.append(InputError(f"{path}:{number}: {fault}"))
+    raise_bad_rows(path, errors)
     return predictions, answers
 
 

@@ -156,30 +156,28 @@ def is_list_of_texts(value):
 # ──────── json lines ────────
 
 
-def json_lines(path, bad=None):
+def json_lines(path, errors=None):
     """A jsonl file → yields (line number, object). Blank lines are skipped but counted.
 
     Only "\\n" ends a line, because a json string may hold other line ends, such as U+2028.
     Raises InputError if the file does not exist, and with the line for one that is not UTF-8, not
-    json, or not an object. With a list as `bad`, the errors of lines are appended to it instead,
-    for raise_bad_rows.
+    json, or not an object. errors: a list that takes the errors of such lines, instead of raising.
     """
-    path = Path(path)
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such file; check the path")
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
-            if line.strip():
-                where = f"{path}:{number}"
-                try:
-                    row = json_object(parse_json(line, where, "write one json object per line"),
-                                      where)
-                except InputError as error:
-                    if bad is None:
-                        raise
-                    bad.append(error)
-                    continue
-                yield number, row
+            if not line.strip():
+                continue
+            where = f"{path}:{number}"
+            try:
+                row = json_object(parse_json(line, where, "write one json object per line"), where)
+            except InputError as error:
+                if errors is None:
+                    raise
+                errors.append(error)
+                continue
+            yield number, row
 
 
 def continue_log(path):
@@ -200,31 +198,33 @@ def parse_json(data, where, fix):
         return json.loads(data.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise InputError(f"{where}: not UTF-8 ({error}); save the file as UTF-8") from error
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:  # also numbers or brackets beyond Python's limits
         raise InputError(f"{where}: not valid json ({error}); {fix}") from error
 
 
 def json_object(row, where):
-    """The row, if it is a json object. Raises InputError."""
+    """The row, if it is a json object of texts that encode as UTF-8. Raises InputError."""
     if not isinstance(row, dict):
         raise InputError(f"{where}: a {type(row).__name__}, not a json object; write every row as "
                          "an object")
+    for key, value in row.items():
+        try:  # json can escape half of a character, which no tokenizer takes
+            json.dumps(value, ensure_ascii=False, default=str).encode()
+        except (UnicodeEncodeError, RecursionError) as error:
+            raise InputError(f"{where}: field {key!r} cannot be encoded ({error}); write whole "
+                             "characters") from error
     return row
 
 
-MOST_LISTED = 20  # bad rows in one error
-
-
 def raise_bad_rows(path, errors):
-    """Raises one InputError for all bad rows of a file; does nothing if there are none.
+    """Raises one InputError that lists the first 20 of `errors` and counts the rest.
 
-    errors: a list of InputError, each with the line of its row. The text has a line for each of
-    the first MOST_LISTED, and one that counts the rest.
+    A single error is raised with its own line alone. An empty list raises nothing.
     """
-    if errors:
-        lines = [str(error) for error in errors[:MOST_LISTED]]
-        if len(errors) > MOST_LISTED:
-            lines.append(f"{path}: … and {len(errors) - MOST_LISTED} more bad rows")
+    lines = [str(error) for error in errors[:20]]
+    if len(errors) > 20:
+        lines.append(f"{path}: … and {len(errors) - 20} more bad rows")
+    if lines:
         raise InputError("\n".join(lines))
 
 

@@ -405,7 +405,8 @@ def questions_of(options):
     if not options.benchmark:
         return read_questions(options.data)[:options.limit]
     items = read_benchmark(options.benchmark, options.data, options.audio_root)
-    return [question_of(item) for item in items if item.kind == "closed"][:options.limit]
+    closed = [item for item in items if item.kind == "closed"][:options.limit]
+    return [question_of(item) for item in closed]
 
 
 def batches(questions, options, name):

@@ -116,9 +116,6 @@ def complete(policy, server, items, options):
     errors, prompts = {}, []
     for item in items:
         try:
-            for clip in item.audio:
-                if not os.path.isfile(clip):
-                    raise InputError(f"{clip}: no such file; see --audio_root")
             prompts.append(policy.encode(question_of(item), options.instruction))
         except InputError as error:
             errors[item.id] = str(error)

@@ -88,6 +88,8 @@ def mmau_pro_rows():
 def test_an_item_of_mmau(tmp_path):
     item = read_benchmark("mmau", write(tmp_path / "mmau.json", mmau_rows()))[-1]
     clip = tmp_path / "test-mini-audios/u999.wav"
+    clip.parent.mkdir()
+    clip.touch()
     assert item == Item("u999", (clip,), "What is heard in 999?", tuple(SOUNDS), "a seal",
                         {"task": "speech", "difficulty": "hard", "sub-category": "kind 0",
                          "category": "Perception"})
@@ -178,6 +180,10 @@ def test_repeated_ids_of_a_benchmark(tmp_path):
     ("rows.jsonl", b"\n{]\n", ":2: not valid json"),
     ("rows.jsonl", b"[]\n", ":1: a list, not a json object"),
     ("rows.jsonl", b"\xff\n", ":1: not UTF-8"),
+    ("rows.jsonl", b'{"question": "\\ud800"}', ":1: field 'question' cannot be encoded"),
+    ("rows.json", b'[{"choices": ["\\ud800"]}]', "row 1: field 'choices' cannot be encoded"),
+    ("rows.jsonl", b"[" * 10000, ":1: not valid json"),
+    ("rows.jsonl", b'{"id": ' + b"9" * 5000 + b"}", ":1: not valid json"),
     ("rows.parquet", b"PAR1 is not enough", "cannot be read as parquet"),
     ("rows.parquet", b"", "as parquet"),
 ])
@@ -256,6 +262,15 @@ def test_both_names_of_the_audio_of_mmsu(tmp_path, field, value, clip):
     path = write(tmp_path / "rows.jsonl", [row | {field: value}])
     item, = read_benchmark("mmsu", path)
     assert item.audio == (tmp_path / clip,)
+
+
+@pytest.mark.parametrize("name", ["a.wav", "x" * 300 + ".wav", "a\0.wav"])
+def test_a_clip_that_does_not_exist(tmp_path, name):
+    """It is found when the question is asked, and names the flag that sets its folder."""
+    path = write(tmp_path / "rows.jsonl", [BASE["mmar"] | {"audio_path": name}])
+    item, = read_benchmark("mmar", path)
+    with pytest.raises(InputError, match="no such file; see --audio_root"):
+        question_of(item)
 
 
 def test_an_absolute_path_that_exists_is_kept(tmp_path):

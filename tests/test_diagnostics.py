@@ -410,6 +410,7 @@ def test_the_closed_questions_of_a_benchmark(tmp_path):
                 ("sound", ["a dog", "a cat"]), ("open", None), ("music", ["a cat", "a hum"]),
                 ("speech", ["a cat", "wind"])])]
     write_lines(tmp_path / "pro.jsonl", rows)
+    (tmp_path / "a.wav").touch()
     options = SimpleNamespace(benchmark="mmau-pro", data=tmp_path / "pro.jsonl", audio_root=None,
                               limit=2)
     questions = diagnostics.questions_of(options)
