@@ -135,6 +135,7 @@ def _option_of_text(text, options):
 # those of a sentence. Not among them: the # of C#, the sign of −3 dB, %, $.
 _AROUND = "\"'`“”‘’«»「」()[]{}（）［］｛｝＂＇*_ "
 _AT_END = _AROUND + ".,;:!?。、"
+# Typographic apostrophes, quotes and dashes → plain ones; NFKC unifies the full-width forms.
 _PLAIN = str.maketrans("‘’‚‛ʼ′“”„‟″«»‐‒–—―−", "'" * 6 + '"' * 7 + "-" * 6)
 
 

@@ -68,8 +68,8 @@ def score(name, items, predictions, judge=None, embed=None, answers=None):
         blank = sum(answers.get(item.id, "-").strip() in ("", "None") for item in items)
         if name == "mmsu" and blank:
             report["notes"].append(
-                f"{blank} answers are blank or \"None\". The official script gives such a row the "
-                "letter of the row before (a bug); here its figure leaves them out.")
+                f"Answers that are blank or \"None\": {blank}. The official script gives such a "
+                "row the letter of the row before (a bug); here its figure leaves them out.")
     _note_ceilings(name, items, report, embed)
     missing = [item for item in items if item.id not in predictions]
     if missing:

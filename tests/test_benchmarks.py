@@ -4,6 +4,7 @@ import importlib.util
 import json
 import random
 from collections import Counter
+from functools import cache
 from pathlib import Path
 
 import pyarrow
@@ -287,6 +288,7 @@ KINDS = [f"{adjective} {noun}" for adjective in ("quiet", "loud", "distant", "br
          for noun in ("bell", "drum", "river", "engine", "voice", "step")]
 
 
+@cache
 def quirky_files():
     """→ {benchmark: rows}, from a seeded generator: the official row counts and their oddities."""
     rng = random.Random(7)

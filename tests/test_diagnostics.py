@@ -423,14 +423,15 @@ def test_trace_and_acs_take_a_file_with_quirks(world, tmp_path):  # noqa: F811
     """Equal options, answers that are no option, numbers, several clips."""
     write_quirks(tmp_path)
     arguments = ["--model", world / "model", "--benchmark", "mmar", "--data",
-                 tmp_path / "mmar.jsonl", "--max_new_tokens", 2, "--target_layers", 1]
+                 tmp_path / "mmar.jsonl", "--max_new_tokens", 1, "--target_layers", 1,
+                 "--limit", 3]
     code, _, err = run("trace", *arguments, "--out", tmp_path / "trace")
     assert code == 0, err
-    assert len(lines(tmp_path / "trace" / "trace.jsonl")) == 5
+    assert len(lines(tmp_path / "trace" / "trace.jsonl")) == 3
     code, out, err = run("acs", *arguments, "--out", tmp_path / "acs")
     assert code == 0, err
-    assert len(lines(tmp_path / "acs" / "acs.jsonl")) == 5
-    assert "answer is none of the options, counted as wrong: 1 of 5" in out
+    assert len(lines(tmp_path / "acs" / "acs.jsonl")) == 3
+    assert "answer is none of the options, counted as wrong: 1 of 3" in out
 
 
 @pytest.mark.parametrize("given, layers", [(None, [43, 44, 45, 46, 47]), ([3, 7], [3, 7])])

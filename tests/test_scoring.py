@@ -20,7 +20,7 @@ from test_benchmarks import (mmar_rows, mmau_pro_rows, mmau_rows, mmsu_rows, qui
 
 import rewards
 import scoring
-from benchmarks import read_benchmark
+from benchmarks import BENCHMARKS, read_benchmark
 from data import InputError
 from scoring import (JUDGE_PROMPT, MAP_PROMPT, JudgeError, ask_judge, closed_choice, map_to_option,
                      mmsu_letter, parse_judge, score, string_match)
@@ -590,6 +590,39 @@ def test_files_with_the_quirks_of_the_official_ones(tmp_path, name, file):
         assert report["right"] == pytest.approx(parts["closed"]["right"] + 86 + 625 * 0.8)
 
 
+odd_values = st.recursive(
+    st.none() | st.booleans() | st.integers(-3, 10**20) | st.floats() | st.text(max_size=5)
+    | st.sampled_from(["", " ", "a dog", "open", "instruction following", "\ud800", "\0"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=3), inner,
+                                                                max_size=2), max_leaves=5)
+
+
+VALID = {"mmau": mmau_rows()[-2:], "mmar": mmar_rows()[:2], "mmsu": mmsu_rows()[:2],
+         "mmau-pro": mmau_pro_rows()[85:88] + mmau_pro_rows()[800:801]}
+
+
+@settings(max_examples=200, deadline=None)
+@given(name=st.sampled_from(BENCHMARKS), data=st.data())
+def test_a_changed_row_is_read_or_refused_with_its_line(tmp_path_factory, name, data):
+    """Never a traceback. What is read can be mapped and scored."""
+    row = dict(data.draw(st.sampled_from(VALID[name][1:])))
+    for key in data.draw(st.lists(st.sampled_from(sorted(row)), min_size=1, max_size=3)):
+        row[key] = data.draw(odd_values)
+        if data.draw(st.booleans()):
+            del row[key]
+    path = write(tmp_path_factory.getbasetemp() / "odd.jsonl", [VALID[name][0], row])
+    try:
+        items = read_benchmark(name, path)
+    except InputError as error:
+        assert str(error).startswith(f"{path}:2: ") and "\n" not in str(error)
+        return
+    predictions = {item.id: map_to_option(data.draw(st.text(max_size=5)), item.choices)
+                   if item.kind == "closed" else "A dog." for item in items}
+    report = score(name, items, predictions, lambda prompt: "OVERALL: 4", letters_embed)
+    json.dumps(report, allow_nan=False)
+    assert 0 <= report["accuracy"] <= 1
+
+
 def test_an_answer_that_is_none_of_the_options(tmp_path):
     """It is scored by the benchmark's own match, also when no option can be right."""
     row = mmar_rows()[0] | {"choices": ["Falling rain", "Rising wind"], "answer": "falling"}
@@ -618,8 +651,8 @@ def test_blank_answers_of_mmsu_are_named(tmp_path, answer, noted):
     report = score("mmsu", items, {"s0": "falling", "s1": ""}, answers={"s0": "B", "s1": answer})
     assert report["official"]["count"] == 1 + (answer == "B")
     assert [note for note in report["notes"] if "the row before" in note] == noted * [
-        '1 answers are blank or "None". The official script gives such a row the letter of the row '
-        "before (a bug); here its figure leaves them out."]
+        'Answers that are blank or "None": 1. The official script gives such a row the letter of '
+        "the row before (a bug); here its figure leaves them out."]
 
 
 def test_missing_instruction_rows_are_named(pro):
