@@ -196,8 +196,7 @@ def acs_command(options):
                 file.flush()
     unlisted = sum(q.answer.strip() not in [c.strip() for c in q.choices] for q in questions)
     if unlisted:
-        print(f"questions whose answer is none of the options, counted as wrong: {unlisted} of "
-              f"{len(questions)}")
+        print(f"questions whose answer is none of the options, counted as wrong: {unlisted}")
     table = acs_table(rows)
     (out / "acs.md").write_text(table, encoding="utf-8")
     plots.draw_acs(acs_accuracies(rows), RANDOM_SEEDS, out / "acs.png")
