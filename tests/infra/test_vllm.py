@@ -182,9 +182,9 @@ def kill_the_engine(server):
 
 
 def test_server_faults_in_the_middle_of_a_batch(world, tmp_path, monkeypatch):
-    """vLLM's API server or its engine is killed after the third group of a batch, with pushed weights.
+    """vLLM's API server or its engine is killed after the third group of a batch.
 
-    The new server has the same weights and completes the batch; nothing of the old one is left.
+    The new server has the pushed weights and completes the batch; nothing of the old one is left.
     Servers that hang are tested with the stand-in, see test_server_faults.py.
     """
     policy, prompts = load(world, 24)
