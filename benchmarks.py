@@ -11,8 +11,6 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-import nltk
-
 from data import (InputError, Question, audio_field, is_list_of_texts, json_lines, json_object,
                   parse_json, raise_bad_rows, text_field)
 from pos_gate import find_nltk_data
@@ -359,6 +357,7 @@ def _only(characters, text):
 
 def _count_sentences(text):
     load_sentence_splitter()
+    import nltk  # after the check that it can be imported
     return len(nltk.sent_tokenize(text))
 
 

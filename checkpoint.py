@@ -12,6 +12,8 @@ import contextlib
 import copy
 import dataclasses
 import json
+import os
+import re
 import shutil
 import warnings
 from pathlib import Path
@@ -20,6 +22,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
                                                      set_state_dict)
 from torch.distributed.tensor import DTensor
@@ -29,7 +32,8 @@ from transformers import (AutoConfig, AutoModelForMultimodalLM, AutoTokenizer, G
                           WhisperFeatureExtractor)
 
 from config import MAY_CHANGE
-from data import InputError, audio_token_count
+from data import (InputError, audio_token_count, clip_tokens, json_object, parse_json,
+                  raise_bad_rows)
 from model import Policy
 
 # The checkpoints on the hub hold the whole Omni model. We train its thinker.
@@ -50,8 +54,7 @@ def load_policy(folder, dtype=torch.float32, meta=False):
     has no audio_token_id, or when the weights do not cover the model.
     """
     folder = Path(folder)
-    if not (folder / "config.json").is_file():
-        raise InputError(f"{folder}: no config.json; give the folder of a transformers checkpoint")
+    check_folder(folder)
     for names in (("preprocessor_config.json",), ("tokenizer_config.json",),
                   ("tokenizer.json", "vocab.json")):
         if not any((folder / name).is_file() for name in names):
@@ -69,6 +72,12 @@ def load_policy(folder, dtype=torch.float32, meta=False):
         reason = " ".join(str(error).split())[:300]
         raise InputError(f"{folder}: cannot be loaded ({reason}); the folder must hold a whole "
                          "transformers checkpoint") from error
+
+
+def check_folder(folder):
+    """Raises InputError for a folder without a config.json."""
+    if not os.path.isfile(Path(folder) / "config.json"):
+        raise InputError(f"{folder}: no config.json; give the folder of a transformers checkpoint")
 
 
 def _load(folder, dtype, meta):
@@ -98,12 +107,15 @@ def _load(folder, dtype, meta):
         raise InputError(f"{folder}: the weights lack {len(missing)} tensors, the first is "
                          f"{missing[0]}; the checkpoint is incomplete")
     tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    if tokenizer.chat_template is None:  # older checkpoints keep it in a file of the processor
-        file = folder / "chat_template.json"
-        if not file.is_file():
-            raise InputError(f"{folder}: no chat template (chat_template.jinja or .json); copy it "
-                             "from the original checkpoint")
-        tokenizer.chat_template = json.loads(file.read_text(encoding="utf-8"))["chat_template"]
+    # Older checkpoints keep it in a file of the processor, which AutoProcessor and vLLM prefer. The
+    # tokenizer's own may be for text alone.
+    file = folder / "chat_template.json"
+    if file.is_file():
+        content = json_object(parse_json(file.read_bytes(), file, "copy the original"), file)
+        tokenizer.chat_template = content.get("chat_template")
+    if not isinstance(tokenizer.chat_template, str):
+        raise InputError(f"{folder}: no chat template (chat_template.jinja or .json); copy it from "
+                         "the original checkpoint")
     extractor = WhisperFeatureExtractor.from_pretrained(folder, local_files_only=True)
     return make_policy(model, tokenizer, extractor, folder,
                        full_config if config is not full_config else None, saved_dtype)
@@ -122,15 +134,14 @@ def make_policy(model, tokenizer, feature_extractor, folder=None, full_config=No
 def check_policy(policy, questions, target_layers):
     """Checks the model against the questions before anything is trained or generated.
 
-    L_tgt must exist, no question may contain a placeholder, and for the first question the encoder
-    must make as many audio tokens as the prompt has placeholders. Raises InputError.
+    L_tgt must exist. No question may contain a control token, and its clips must fit the model;
+    the bad rows are listed together. For the first question the encoder must make as many audio
+    tokens as the prompt has placeholders. Raises InputError.
     """
-    placeholders = policy.tokenizer.convert_ids_to_tokens(policy.placeholder_ids)
-    for q in questions:
-        for placeholder in placeholders:
-            if any(placeholder in text for text in (q.question, *q.choices)):
-                raise InputError(f"question {q.id}: its text contains {placeholder}, the "
-                                 "placeholder of audio; remove it")
+    audio_token_count(100, policy.base.config.model_type)  # do we know the family?
+    control = _control_tokens(policy)
+    raise_bad_rows("the questions", [error for question in questions
+                                     if (error := _misfit(question, policy, control))])
     for layer in target_layers:
         if not 0 <= layer < policy.num_layers:
             raise InputError(f"target_layers: {layer} is out of range; the model has layers 0 to "
@@ -159,6 +170,39 @@ def check_policy(policy, questions, target_layers):
         raise InputError(f"question {question.id}: the audio encoder makes {made} tokens{reason}, "
                          f"but the prompt has {wanted} placeholders; check n_window and the "
                          "feature extractor's hop length in the model folder")
+
+
+def _control_tokens(policy):
+    """→ a pattern that finds the texts that the tokenizer turns into control tokens.
+
+    Those are its special tokens, the placeholders, and added tokens such as <think>.
+    """
+    tokenizer = policy.tokenizer
+    texts = {*tokenizer.convert_ids_to_tokens(policy.placeholder_ids),
+             *(token.content for token in tokenizer.added_tokens_decoder.values()
+               if token.special or re.fullmatch("<.+>", token.content))}
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+
+
+def _misfit(question, policy, control):
+    """The InputError of a question that does not fit the model, or None."""
+    where = f"{question.where}: " if question.where else ""
+    where += f"question {question.id}"
+    for name, texts in (("question", [question.question]), ("choices", question.choices)):
+        if found := control.search("\n".join(texts)):
+            return InputError(f"{where}: field {name!r} contains {found[0]}, a control token of "
+                              "the tokenizer; remove it")
+    model_type, tokens = policy.base.config.model_type, 0
+    try:
+        for clip, samples in zip(question.audio, question.samples):
+            tokens += clip_tokens(samples, policy.feature_extractor, model_type, clip)
+    except InputError as error:
+        return InputError(f"{where}: {error}")
+    most = policy.base.config.get_text_config().max_position_embeddings
+    if tokens >= most:
+        return InputError(f"{where}: its clips make {tokens} tokens, but the model takes {most} "
+                          "(max_position_embeddings); cut the clips")
+    return None
 
 
 def add_lora(policy, rank, alpha):
@@ -249,11 +293,43 @@ def whole_weights(policy):
 
 
 def save_adapter(policy, folder):
-    """Writes the LoRA adapter alone, as peft reads it. All ranks call it; rank 0 writes."""
+    """Writes the LoRA adapter alone, as peft reads it, and its card. All ranks call it.
+
+    Its names are those of the class that the model folder names, which is the whole Omni model if
+    the folder holds one. The card says how to load the adapter, there and on the thinker.
+    """
     state = policy.model.state_dict()
     adapter = _gathered({name: tensor for name, tensor in state.items() if ".lora_" in name})
-    if adapter:
-        policy.model.save_pretrained(folder, state_dict=adapter)
+    if not adapter:  # a rank other than 0
+        return
+    policy.model.save_pretrained(folder, state_dict=adapter)
+    base, mapping = type(policy.base).__name__, ""
+    if policy.full_config is not None:
+        base = WHOLE_MODEL[policy.base.config.model_type].__name__
+        mapping = ("\nOn the thinker alone, take `thinker.` off the names:\n\n"
+                   "    model = PeftModel.from_pretrained(thinker, ADAPTER, "
+                   "key_mapping={r\"^thinker\\.\": \"\"})\n")
+        file = folder / "adapter_model.safetensors"  # peft writes only names that it knows
+        save_file({name.replace("base_model.model.", "base_model.model.thinker.", 1): tensor
+                   for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+    file = folder / "adapter_config.json"
+    config = json.loads(file.read_text(encoding="utf-8"))
+    config["auto_mapping"]["base_model_class"] = base  # peft wrote the thinker's class
+    file.write_text(json.dumps(config, indent=2))
+    (folder / "README.md").write_text(_ADAPTER_CARD.format(base=base) + mapping, encoding="utf-8")
+
+
+_ADAPTER_CARD = """---
+library_name: peft
+---
+A LoRA adapter, trained with MAPO. adapter_config.json names the model that it belongs to, as
+`base_model_name_or_path`. Do not put it on the folder `checkpoint`, which holds the sum of both.
+
+
+    from peft import PeftModel
+    from transformers import {base}
+    model = PeftModel.from_pretrained({base}.from_pretrained(MODEL), ADAPTER)
+"""
 
 
 def _gathered(state):

@@ -7,19 +7,31 @@ A row of our jsonl looks like this. Audio paths are relative to the file.
 
 `audio` may be a list of paths, for a question about several clips. `domain` is optional and only
 used in reports. Every mistake that a user can make is found when the file is read: InputError names
-the file, the line or field, and the fix.
+the file, the line or field, and the fix. Every clip is decoded then; check_clips keeps the results.
 """
 
+import dataclasses
+import hashlib
 import json
 import os
-from dataclasses import dataclass
+import stat
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import soundfile
 import soxr
+from tqdm import tqdm
 
 SAMPLE_RATE = 16_000  # Hz, what the audio encoders of all supported models expect
+LOWEST_RATE = 1_000  # Hz; a lower one comes from a broken header, and resampling would fill memory
+# Larger samples are refused, because their features could be NaN. Up to here the features are
+# finite: a window of 400 samples gives |X| ≤ 200·10¹⁵ and |X|² ≤ 4·10³⁴, and fp32 ends at 3·10³⁸.
+# That leaves a factor of 90 in |X| for the overshoot of the resampling. So it is enough to decode
+# a clip; its features need not be computed.
+LOUDEST = 1e15
 
 
 class InputError(ValueError):
@@ -36,6 +48,8 @@ class Question:
     choices: tuple[str, ...]
     answer: str
     domain: str = ""
+    samples: tuple[int, ...] = field(default=(), compare=False)  # of each decoded clip, at 16 kHz
+    where: str = field(default="", compare=False)  # the file and line that it comes from
 
 
 def conversation(question, with_audio=True, instruction=""):
@@ -59,8 +73,7 @@ def conversation(question, with_audio=True, instruction=""):
 def read_questions(path):
     """Reads and checks our jsonl → list[Question].
 
-    Opens the header of every audio file. Decodes samples only where the format can hold a NaN.
-    Raises InputError (see the module's docstring).
+    Decodes every clip (see check_clips). Raises one InputError that lists the bad rows.
     """
     return _read(Path(path), Path(path).parent, lambda row, where: row)
 
@@ -92,20 +105,29 @@ def _row_of_avqa(row, where):
 
 
 def _read(path, audio_root, to_row):
-    questions, line_of = [], {}
-    for number, row in json_lines(path):
+    questions, line_of, errors = [], {}, []
+    for number, row in json_lines(path, errors):
         where = f"{path}:{number}"
-        question = _question(to_row(row, where), audio_root, where)
-        if question.id in line_of:
-            raise InputError(f"{where}: id {question.id!r} is already used in line "
-                             f"{line_of[question.id]}; make ids unique")
+        try:
+            question = _question(to_row(row, where), audio_root, where)
+            if question.id in line_of:
+                raise InputError(f"{where}: id {question.id!r} is already used in line "
+                                 f"{line_of[question.id]}; make ids unique")
+        except InputError as error:
+            errors.append(error)
+            continue
         line_of[question.id] = number
-        for clip in question.audio:
-            check_audio(clip, where)
         questions.append(question)
-    if not questions:
+    if not questions and not errors:
         raise InputError(f"{path}: no questions in this file; write one json object per line")
-    return questions
+    samples_of = check_clips(
+        list(dict.fromkeys(clip for q in questions for clip in q.audio)), cache_file(path))
+    for q in questions:
+        bad = [samples_of[clip] for clip in q.audio if isinstance(samples_of[clip], InputError)]
+        errors += [InputError(f"{q.where}: {error}") for error in bad[:1]]
+    raise_bad_rows(path, errors)
+    return [dataclasses.replace(q, samples=tuple(samples_of[clip] for clip in q.audio))
+            for q in questions]
 
 
 def _question(row, folder, where):
@@ -127,7 +149,8 @@ def _question(row, folder, where):
     if domain is not None and not isinstance(domain, str):
         raise InputError(f"{where}: field 'domain' is {domain!r}; give a string or leave it out")
     clips = tuple(folder / clip for clip in audio_field(row.get("audio"), "audio", where))
-    return Question(row["id"], clips, row["question"], tuple(choices), row["answer"], domain or "")
+    return Question(row["id"], clips, row["question"], tuple(choices), row["answer"], domain or "",
+                    where=where)
 
 
 # ──────── fields of a row ────────
@@ -234,43 +257,99 @@ def raise_bad_rows(path, errors):
 def load_audio(path):
     """One clip → float32 [samples], mono (the mean of the channels), 16 kHz.
 
-    Raises InputError for a broken or empty file, and for NaN or infinite samples.
+    Raises InputError for a broken or empty file, and for samples that are NaN, infinite or larger
+    than LOUDEST.
     """
-    try:
-        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)  # [samples, channels]
-    except soundfile.LibsndfileError as error:
-        raise InputError(f"{path}: cannot be read as audio ({error}); give a wav, flac, ogg or mp3 "
-                         "file") from error
-    if not len(samples):
-        raise InputError(f"{path}: the clip is empty; remove the question or replace the file")
-    if not np.isfinite(samples).all():
-        raise InputError(f"{path}: the clip holds NaN or infinite samples; replace the file")
+    samples, rate, _ = _decode(path)
     return soxr.resample(samples.mean(axis=1), rate, SAMPLE_RATE).astype(np.float32)
 
 
-def check_audio(path, where):
-    """Raises InputError unless `path` is an audio file that is not empty and holds no NaN.
-
-    where: the file and line that name the clip, for the error.
-    """
-    if len(path.name) > 255 or not path.is_file():  # is_file raises for a longer name
-        raise InputError(f"{where}: audio file {path} does not exist; paths are relative to the "
-                         "jsonl file")
+def _decode(path):
+    """→ float32 [samples, channels], their rate in Hz, and how many samples soxr makes of them."""
+    shown = repr(str(path))[1:-1]  # a line end in a name must not break the message
     try:
-        header = soundfile.info(path)
-        with soundfile.SoundFile(path) as file:  # a truncated file can have an intact header
-            file.seek(max(0, file.frames - 1))
-            file.read(1)
-    except soundfile.LibsndfileError as error:
-        raise InputError(f"{where}: {path} cannot be read as audio ({error}); give a wav, flac, "
-                         "ogg or mp3 file") from error
-    if not header.frames:
-        raise InputError(f"{where}: {path} is empty; remove the question or replace the file")
-    if header.subtype in ("FLOAT", "DOUBLE"):
-        try:
-            load_audio(path)
-        except InputError as error:
-            raise InputError(f"{where}: {error}") from error
+        samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
+    # TypeError: the name ends in .raw, so soundfile expects no header. ValueError: no file can have
+    # this name. MemoryError: a broken header promises billions of samples.
+    except (soundfile.SoundFileError, OSError, TypeError, ValueError, MemoryError) as error:
+        raise InputError(f"{shown}: cannot be read as audio ({' '.join(str(error).split())}); give "
+                         "a wav, flac, ogg or mp3 file") from error
+    if rate < LOWEST_RATE:
+        raise InputError(f"{shown}: its sampling rate is {rate} Hz; give at least {LOWEST_RATE} Hz")
+    resampled = int(len(samples) * SAMPLE_RATE / rate + 0.5)
+    if not resampled:
+        raise InputError(f"{shown}: the clip is empty; remove the question or replace the file")
+    if not -LOUDEST <= samples.min() <= samples.max() <= LOUDEST:
+        raise InputError(f"{shown}: the clip holds NaN or infinite samples, or some beyond "
+                         f"±{LOUDEST:g}; replace the file")
+    return samples, rate, resampled
+
+
+def check_clips(clips, cache):
+    """Decodes clips in threads → {path: its samples at 16 kHz, or the InputError of a bad clip}.
+
+    cache: a json file with the good clips, by path, size and time of change. Only clips that it
+    lacks are decoded, and it is then written anew. A broken cache counts as empty.
+    """
+    try:
+        known = json.loads(cache.read_bytes()) if cache else {}
+        known = known if isinstance(known, dict) else {}
+    except (OSError, ValueError, RecursionError):
+        known = {}
+    check = lambda clip: _check_clip(clip, known.get(os.path.abspath(clip)))
+    with ThreadPoolExecutor() as threads:
+        bar = tqdm(threads.map(check, clips), "check clips", len(clips), leave=False, delay=1)
+        found = dict(zip(clips, bar))
+    good = {os.path.abspath(clip): result for clip, result in found.items()
+            if not isinstance(result, InputError)}
+    if good != known:
+        _write_cache(cache, good)
+    return {clip: result[2] if isinstance(result, list) else result
+            for clip, result in found.items()}
+
+
+def _check_clip(path, known):
+    """→ [size, time of change, samples at 16 kHz], or the InputError.
+
+    That is `known` if the file has not changed since.
+    """
+    try:
+        status = os.stat(path)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError("not a file")
+        match known:
+            case [status.st_size, status.st_mtime_ns, int()]:
+                return known
+        return [status.st_size, status.st_mtime_ns, _decode(path)[2]]
+    except InputError as error:
+        return error
+    except (OSError, ValueError) as error:  # ValueError: no file can have this name
+        return InputError(f"audio file {repr(str(path))[1:-1]} does not exist "
+                          f"({getattr(error, 'strerror', None) or error}); paths are relative to "
+                          "the jsonl file")
+
+
+def cache_file(path):
+    """Where check_clips keeps its results for the jsonl file `path`; None without a home folder.
+
+    $XDG_CACHE_HOME/mapo or ~/.cache/mapo. The 1 in the name is the version of the check.
+    """
+    folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    name = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16]
+    return Path(folder, "mapo", f"clips-1-{name}.json") if os.path.isabs(folder) else None
+
+
+def _write_cache(cache, good):
+    try:
+        if cache is None:
+            raise OSError("set HOME or XDG_CACHE_HOME")
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        building = cache.with_name(f".{cache.name}.{os.getpid()}")
+        building.write_text(json.dumps(good))
+        building.replace(cache)
+    except OSError as error:
+        print("warning: the next start decodes all clips again, because the cache of the check "
+              f"cannot be written ({error})", file=sys.stderr)
 
 
 # ──────── what the model is given ────────
@@ -291,31 +370,58 @@ class Prompt:
 def load_clip(path, extractor, model_type):
     """Path → float32 [samples] at 16 kHz, with silence added at the end where the encoder needs it.
 
+    Raises InputError, naming `path`, for a clip that cannot be read, or that is too short or too
+    long for the model. extractor: the model's WhisperFeatureExtractor.
+    """
+    samples = load_audio(path)
+    clip_tokens(len(samples), extractor, model_type, path)
+    return np.pad(samples, (0, _padded(len(samples), extractor, model_type) - len(samples)))
+
+
+def _padded(samples, extractor, model_type):
+    """Samples of a clip → samples with the silence that load_clip adds.
+
     Qwen3-Omni: up to 1 s, because its encoder pads chunks of 1 s to the longest chunk of the
     batch, so that the features of a shorter clip would depend on its neighbours; and up to a whole
     frame of 10 ms, as vLLM does. Other models: up to what the centred STFT needs, which reflects
-    half a window at the edges. extractor: the model's WhisperFeatureExtractor.
+    half a window at the edges.
     """
-    samples = load_audio(path)
-    least = extractor.n_fft // 2 + 1
     if model_type.startswith("qwen3_omni_moe"):
-        frames = -(-len(samples) // extractor.hop_length)  # ⌈N / 160⌉
-        least = max(SAMPLE_RATE, frames * extractor.hop_length)
-    return np.pad(samples, (0, max(0, least - len(samples))))
+        return max(SAMPLE_RATE, -(-samples // extractor.hop_length) * extractor.hop_length)
+    return max(extractor.n_fft // 2 + 1, samples)
 
 
-def log_mel(samples, extractor, model_type, path):
+def clip_tokens(samples, extractor, model_type, path):
+    """Audio tokens of a clip of `samples` at 16 kHz, before load_clip adds silence.
+
+    Raises InputError, naming `path`, when the clip is too short or too long for the model.
+    """
+    seconds, hop = samples / SAMPLE_RATE, extractor.hop_length
+    padded = _padded(samples, extractor, model_type)
+    frames = padded // hop  # of 10 ms
+    least = 1
+    if model_type == "qwen2_audio":  # its encoder takes windows of exactly 30 s
+        if padded > extractor.n_samples:
+            raise InputError(f"{path}: {seconds:.1f} s, but Qwen2-Audio takes at most "
+                             f"{extractor.n_samples / SAMPLE_RATE:.0f} s; cut the clip")
+        frames = -(-padded // hop)  # the window has room for the last part of a frame
+        least = 2  # its forward treats a single placeholder as one that is not expanded yet
+    tokens = audio_token_count(frames, model_type)
+    if tokens < least:
+        raise InputError(f"{path}: {seconds:.3f} s is too short for this encoder; pad the clip "
+                         "with silence or remove the question")
+    return tokens
+
+
+def log_mel(samples, extractor, model_type):
     """Samples of load_clip → (log-mel tensor [mel bins, F], frames that are audio).
 
     A frame is 10 ms. One clip at a time, so that the features do not depend on other clips of a
-    batch. Raises InputError, naming `path`, for a clip that is too long for the model.
+    batch.
     """
-    fixed = model_type == "qwen2_audio"  # its encoder takes windows of exactly 30 s
-    if fixed and len(samples) > extractor.n_samples:
-        raise InputError(f"{path}: {len(samples) / SAMPLE_RATE:.1f} s, but Qwen2-Audio takes at "
-                         f"most {extractor.n_samples / SAMPLE_RATE:.0f} s; cut the clip")
     output = extractor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt", truncation=False,
-                       padding="max_length" if fixed else True, return_attention_mask=True)
+                       padding="max_length" if model_type == "qwen2_audio" else True,
+                       return_attention_mask=True)
     return output["input_features"][0], int(output["attention_mask"].sum())
 
 

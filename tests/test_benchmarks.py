@@ -7,6 +7,7 @@ from collections import Counter
 from functools import cache
 from pathlib import Path
 
+import nltk
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -536,7 +537,7 @@ def test_arguments_of_the_wrong_type_are_an_error(identifier, kwargs, key):
 
 def test_missing_sentence_data_names_the_package_to_install(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(benchmarks.nltk.data, "path", [])
+    monkeypatch.setattr(nltk.data, "path", [])
     benchmarks.load_sentence_splitter.cache_clear()
     message = r"^NLTK's punkt_tab is missing; install it with `pip install [^\n]*$"
     with pytest.raises(LookupError, match=message):

@@ -1,14 +1,17 @@
 """data.py: what is read from files, and that every mistake gets one line that names its place."""
 
 import json
+import os
+import pwd
 import re
 
 import numpy as np
 import pytest
 import soundfile
+from transformers import WhisperFeatureExtractor
 
-from data import (InputError, Question, continue_log, conversation, json_lines, load_audio,
-                  read_avqa, read_questions)
+from data import (LOUDEST, InputError, Question, cache_file, check_clips, continue_log,
+                  conversation, json_lines, load_audio, log_mel, read_avqa, read_questions)
 
 ROW = {"id": "q1", "audio": "clips/a.wav", "question": "What barks?",
        "choices": ["a dog", "a seal"], "answer": "a dog"}
@@ -33,6 +36,14 @@ def folder(tmp_path):
     soundfile.write(clips / "inf.wav", with_inf, 16000, subtype="FLOAT")
     soundfile.write(clips / "float.wav", tone, 16000, subtype="FLOAT")
     (clips / "text.wav").write_text("this is not audio")
+    soundfile.write(clips / "huge.wav", 1e25 * tone, 16000, subtype="FLOAT")
+    soundfile.write(clips / "1hz.wav", tone, 1)
+    (clips / "headerless.raw").write_bytes(bytes(3200))
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 48000)
+    soundfile.write(clips / "middle.flac", noise, 16000)
+    whole = bytearray((clips / "middle.flac").read_bytes())
+    whole[len(whole) // 2:len(whole) // 2 + 200] = bytes(200)  # header and end stay as they are
+    (clips / "middle.flac").write_bytes(whole)
     (clips / "cut.flac").write_bytes((clips / "b.flac").read_bytes()[:20])
     return tmp_path
 
@@ -95,10 +106,20 @@ def test_unicode(folder):
     ({"audio": ["clips/a.wav", 3]}, "field 'audio' is ['clips/a.wav', 3]"),
     ({"audio": ""}, "field 'audio' is ''"),
     ({"audio": "clips/none.wav"}, "clips/none.wav does not exist"),
-    ({"audio": "clips"}, "clips does not exist"),
-    ({"audio": "clips/text.wav"}, "clips/text.wav cannot be read as audio"),
-    ({"audio": "clips/cut.flac"}, "clips/cut.flac cannot be read as audio"),
-    ({"audio": "clips/empty.wav"}, "clips/empty.wav is empty"),
+    ({"audio": "clips"}, "clips does not exist (not a file)"),
+    ({"audio": "声" * 86}, "does not exist (File name too long)"),  # 258 bytes
+    ({"audio": "a\nb\0.wav"}, "a\\nb\\x00.wav does not exist"),
+    ({"audio": "clips/headerless.raw"}, "clips/headerless.raw: cannot be read as audio"),
+    ({"audio": "clips/middle.flac"}, "clips/middle.flac: cannot be read as audio"),
+    ({"audio": "clips/huge.wav"}, "clips/huge.wav: the clip holds NaN or infinite samples, or "),
+    ({"audio": "clips/1hz.wav"}, "clips/1hz.wav: its sampling rate is 1 Hz"),
+    ({"id": "\ud83d"}, "field 'id' cannot be encoded"),
+    ({"question": "what \ud83d?"}, "field 'question' cannot be encoded"),
+    ({"choices": ["a dog", "\udc00"]}, "field 'choices' cannot be encoded"),
+    ({"audio": ["clips/a.wav", "\udcff"]}, "field 'audio' cannot be encoded"),
+    ({"audio": "clips/text.wav"}, "clips/text.wav: cannot be read as audio"),
+    ({"audio": "clips/cut.flac"}, "clips/cut.flac: cannot be read as audio"),
+    ({"audio": "clips/empty.wav"}, "clips/empty.wav: the clip is empty"),
     ({"audio": "clips/nan.wav"}, "clips/nan.wav: the clip holds NaN"),
     ({"audio": ["clips/a.wav", "clips/nan64.wav"]}, "clips/nan64.wav: the clip holds NaN"),
     ({"audio": "clips/inf.wav"}, "clips/inf.wav: the clip holds NaN or infinite"),
@@ -117,15 +138,7 @@ def test_mistakes_in_a_row(folder, change, part):
     """The error names line 3: the mistake comes after a good row and a blank line."""
     path = lines(folder, ROW, "", {**ROW, "id": "q3", **change})
     message = error_of(read_questions, path)
-    assert part in message
-    if "NaN" not in part:
-        assert message.startswith(f"{path}:3: ")
-
-
-def test_mistakes_in_the_samples_name_the_line(folder):
-    """A NaN in a clip is reported with the line of the jsonl file, too."""
-    path = lines(folder, ROW, {**ROW, "id": "q2", "audio": "clips/nan.wav"})
-    assert error_of(read_questions, path).startswith(f"{path}:2: ")
+    assert part in message and message.startswith(f"{path}:3: ")
 
 
 @pytest.mark.parametrize("missing", list(ROW))
@@ -138,7 +151,8 @@ def test_missing_fields(folder, missing):
 @pytest.mark.parametrize("reader", [read_questions, read_avqa])
 @pytest.mark.parametrize("line, part", [
     ('{"id": "q2"', "not valid json"), ("[1, 2]", "a list, not a json object"),
-    ('"q"', "a str, not"), ("null", "a NoneType, not"), ("what?", "not valid json")])
+    ('"q"', "a str, not"), ("null", "a NoneType, not"), ("what?", "not valid json"),
+    ("[" * 100_000, "not valid json"), ('{"id": ' + "1" * 5000 + "}", "not valid json")])
 def test_mistakes_in_a_line(folder, reader, line, part):
     """A line that is not a json object is named by its number."""
     path = lines(folder, "", ROW if reader is read_questions else AVQA, line)
@@ -158,6 +172,21 @@ def test_mistakes_in_the_file(folder):
     path = lines(folder, ROW, "", {**ROW, "id": "q2"}, ROW)
     message = error_of(read_questions, path)
     assert message.startswith(f"{path}:4: id 'q1'") and "line 1" in message
+
+
+def test_all_bad_rows_are_listed_at_once(folder):
+    """The first 20 and the number of the rest. Good rows do not count."""
+    bad = [{**ROW, "id": "a", "answer": "a cat"}, "{", {**ROW, "id": "b", "audio": "none.wav"}]
+    path = lines(folder, ROW, *bad, {**ROW, "id": "c", "audio": ["clips/nan.wav", "none.wav"]})
+    with pytest.raises(InputError) as error:
+        read_questions(path)
+    starts = [line.split(": ")[0] for line in str(error.value).split("\n")]
+    assert starts == [f"{path}:{number}" for number in (2, 3, 4, 5)]
+    path = lines(folder, *["{"] * 20, ROW, *["{"] * 3)
+    with pytest.raises(InputError) as error:
+        read_questions(path)
+    *first, last = str(error.value).split("\n")
+    assert len(first) == 20 and last == f"{path}: … and 3 more bad rows"
 
 
 # ──────── AVQA ────────
@@ -282,9 +311,107 @@ def test_load_audio_formats(tmp_path, suffix):
 def test_load_audio_refuses(folder):
     """Broken, empty and NaN files. The error names the file."""
     for name, part in (("text.wav", "cannot be read"), ("empty.wav", "empty"), ("nan.wav", "NaN"),
-                       ("inf.wav", "infinite"), ("none.wav", "cannot be read")):
+                       ("inf.wav", "infinite"), ("none.wav", "cannot be read"),
+                       ("huge.wav", "beyond"), ("headerless.raw", "cannot be read"),
+                       ("middle.flac", "cannot be read"), ("1hz.wav", "rate"),
+                       ("声" * 100, "cannot be read"), ("a\0.wav", "")):
         path = folder / "clips" / name
-        assert re.match(f"{re.escape(str(path))}: .*{part}", error_of(load_audio, path))
+        shown = re.escape(str(path).replace("\0", "\\x00"))
+        assert re.match(f"{shown}: .*{part}", error_of(load_audio, path))
+
+
+@pytest.mark.parametrize("rate", [8000, 11025, 22050, 44100, 48000, 96000])
+def test_the_length_of_a_checked_clip_is_that_of_the_loaded_one(tmp_path, rate):
+    """The check does not resample: it computes how many samples soxr makes."""
+    for count in (6, 100, 441, 1103, 7777, rate, 3 * rate + 1):
+        soundfile.write(tmp_path / f"{count}.wav", np.zeros(count), rate)
+    clips = list(tmp_path.iterdir())
+    assert check_clips(clips, None) == {clip: len(load_audio(clip)) for clip in clips}
+
+
+def test_the_loudest_samples_have_finite_features(tmp_path):
+    """Noise, a constant and single samples at the limit, at every rate; above it, an error."""
+    extractor = WhisperFeatureExtractor(feature_size=128)
+    for rate in (8000, 16000, 44100):
+        noise = np.random.default_rng(0).choice([-LOUDEST, LOUDEST], (rate, 2))
+        spike = noise * (np.arange(rate) == 99)[:, None]
+        for samples in (noise, np.full((rate, 2), LOUDEST), spike):
+            soundfile.write(tmp_path / "a.wav", samples, rate, subtype="DOUBLE")
+            features, _ = log_mel(load_audio(tmp_path / "a.wav"), extractor, "qwen3_omni_moe")
+            assert features.isfinite().all()
+            soundfile.write(tmp_path / "a.wav", 1.01 * samples, rate, subtype="DOUBLE")
+            assert "beyond ±1e+15" in error_of(load_audio, tmp_path / "a.wav")
+
+
+# ──────── what is kept of the check ────────
+
+
+@pytest.fixture
+def decoded(monkeypatch):
+    """The names of the clips that are decoded, in the order of their names."""
+    names, read = [], soundfile.read
+    monkeypatch.setattr(soundfile, "read", lambda path, **kwargs: (
+        names.append(path.name), read(path, **kwargs))[1])
+    return names
+
+
+def test_a_second_start_decodes_nothing(folder, decoded):
+    """Only a clip whose size or time of change is another is decoded again."""
+    path = lines(folder, ROW, {**ROW, "id": "q2", "audio": ["clips/b.flac", "clips/a.wav"]})
+    first = read_questions(path)
+    assert sorted(decoded) == ["a.wav", "b.flac"]
+    assert [q.samples for q in first] == [(1600,), (1600, 1600)]
+    assert [q.where for q in first] == [f"{path}:1", f"{path}:2"]
+    again = read_questions(path)
+    assert len(decoded) == 2 and [q.samples for q in again] == [(1600,), (1600, 1600)]
+    os.utime(folder / "clips" / "b.flac", ns=(1, 1))
+    read_questions(path)
+    assert decoded[2:] == ["b.flac"]
+    soundfile.write(folder / "clips" / "a.wav", np.zeros(800), 16000)
+    assert read_questions(path)[0].samples == (800,)
+
+
+def test_a_bad_clip_is_never_kept_as_good(folder, decoded):
+    """It is decoded at every start until it is replaced; the good ones of the file are not."""
+    path = lines(folder, ROW, {**ROW, "id": "q2", "audio": "clips/nan.wav"})
+    for _ in range(2):
+        assert "NaN" in error_of(read_questions, path)
+    assert sorted(decoded) == ["a.wav", "nan.wav", "nan.wav"]
+    soundfile.write(folder / "clips" / "nan.wav", np.zeros(1600), 16000)
+    read_questions(path)
+
+
+@pytest.mark.parametrize("content", [
+    b"", b"{", b"\xff", b"[]", b"7", b"[" * 100_000, b'{"%s": 7}', b'{"%s": [1, 2]}',
+    b'{"%s": [SIZE, TIME, "x"]}', b'{"%s": null}'])
+def test_a_broken_cache_is_made_anew(folder, decoded, content):
+    path = lines(folder, ROW)
+    read_questions(path)
+    cache = cache_file(path)
+    whole = cache.read_bytes()
+    clip = folder / "clips" / "a.wav"
+    status = clip.stat()
+    values = {"%s": clip, "SIZE": status.st_size, "TIME": status.st_mtime_ns}
+    for name, value in values.items():
+        content = content.replace(name.encode(), str(value).encode())
+    cache.write_bytes(content)
+    assert read_questions(path)[0].samples == (1600,)
+    assert decoded == ["a.wav", "a.wav"] and cache.read_bytes() == whole
+    assert [p.name for p in cache.parent.iterdir() if p.name.startswith(".")] == []
+
+
+@pytest.mark.parametrize("home", [None, "/proc/nowhere"])
+def test_without_a_place_for_the_cache_a_warning_says_so(folder, monkeypatch, capsys, home):
+    """No home folder, or one that cannot be written. The questions are read all the same."""
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.delenv("HOME")
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])  # a uid without a passwd entry
+    if home:
+        monkeypatch.setenv("HOME", home)
+    assert read_questions(lines(folder, ROW))[0].samples == (1600,)
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: ") and warning.count("\n") == 1
+    assert (home or "set HOME or XDG_CACHE_HOME") in warning
 
 
 # ──────── prompt ────────

@@ -146,8 +146,7 @@ class Engine:
                 if rate != 16000 or samples.ndim != 1 or part["input_audio"]["format"] != "wav":
                     raise ValueError("a clip must be a wav file with one channel of 16 kHz")
                 samples = np.pad(samples, (0, -len(samples) % hop))
-                features.append(log_mel(samples, policy.feature_extractor, model_type,
-                                        "a clip of the request"))
+                features.append(log_mel(samples, policy.feature_extractor, model_type))
                 part = {"type": "audio"}
             parts.append(part)
         limit = self.options.limit_mm_per_prompt
