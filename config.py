@@ -8,6 +8,8 @@ the default: paper, release (the authors' code), or ours.
 
 import dataclasses
 import math
+import os
+import re
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -223,11 +225,12 @@ def read_config(arguments, description=None):
 
 def read_recipe(path):
     """Yaml file of fields → dict. Raises InputError naming the file and the unknown key."""
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise InputError(f"{path}: no such recipe; the folder recipes/ has some")
     try:
         recipe = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    # Bad dates, numbers and tags raise Python's own errors. RecursionError: too many brackets.
+    except (yaml.YAMLError, ValueError, KeyError, AttributeError, RecursionError) as error:
         raise InputError(f"{path}: not valid yaml ({' '.join(str(error).split())})") from error
     if not isinstance(recipe, dict):
         raise InputError(f"{path}: a {type(recipe).__name__}; write one `field: value` per line")
@@ -238,4 +241,7 @@ def read_recipe(path):
                              "fields")
         if value is None:
             raise InputError(f"{path}: field {key!r} has no value; give one or remove the line")
+        if isinstance(value, dict) or re.search("[\ud800-\udfff]", str(value)):
+            raise InputError(f"{path}: field {key!r} is {value!r}; give a number, a text in "
+                             "quotes, or a list")
     return recipe
