@@ -284,7 +284,7 @@ def fingerprints(questions):
             found["audio file name"].add(path.stem)
             try:
                 samples, rate = soundfile.read(path, dtype="float32", always_2d=True)
-            except soundfile.LibsndfileError as error:
+            except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
                 print(f"{question.id}: {path} is unreadable and was not compared: {error}")
                 continue
             samples = np.round(samples * 2**15).clip(-2**15, 2**15 - 1).astype("<i2")

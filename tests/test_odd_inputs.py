@@ -8,6 +8,8 @@ import io
 import itertools
 import json
 import re
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -16,9 +18,13 @@ import tiny
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from checkpoint import check_policy
+import evaluate
+import train
+from benchmarks import Item
+from checkpoint import check_policy, save_policy
 from config import TrainConfig, read_config
 from data import InputError, read_avqa, read_questions
+from rollout import Completion
 
 ROW = {"id": "q2", "audio": "good.wav", "question": "What barks?", "choices": ["a dog", "a seal"],
        "answer": "a dog", "domain": "animals"}
@@ -29,6 +35,7 @@ RECIPE = {"model": "folder", "data": "train.jsonl", "max_steps": 4, "learning_ra
           "eta": 0.1, "group_size": 4, "generation_batch_size": 16, "seed": 3, "mask": True}
 ODD_YAML = ["2001-99-99", "!!timestamp x", "!!bool x", "!!int x", "[" * 5000, "&a [*a]", "{x}",
             '"\\ud83d"', "", "-", "0x", "1:99", ".nan", "!!binary é", "{[1]: 2}", "1e999", "x: y"]
+ROOT = Path(__file__).resolve().parents[1]
 COUNTER = itertools.count()
 
 
@@ -166,6 +173,70 @@ def test_a_changed_sample(world, at, value, subtype, rate):
     path = folder / "samples.jsonl"
     path.write_text(json.dumps(ROW | {"audio": clip.name}))
     check(world, read_questions, path)
+
+
+# ──────── commands ────────
+
+BAD_CLIPS = {"spike.wav": "beyond", "nan.wav": "NaN", "headerless.raw": "cannot be read",
+             "声" * 90 + ".wav": "cannot be read", "middle.flac": "lost sync"}
+
+
+@pytest.fixture
+def bad_clips(tmp_path):
+    """The folder of BAD_CLIPS, and of a good one."""
+    noise = np.random.default_rng(0).uniform(-0.5, 0.5, 48000)
+    soundfile.write(tmp_path / "good.wav", noise, 16000)
+    soundfile.write(tmp_path / "spike.wav", np.where(noise > 0.499, 3e38, noise), 16000, "FLOAT")
+    soundfile.write(tmp_path / "nan.wav", np.where(noise > 0.499, np.nan, noise), 16000, "FLOAT")
+    (tmp_path / "headerless.raw").write_bytes(bytes(3200))
+    soundfile.write(tmp_path / "middle.flac", noise, 16000)
+    data = bytearray((tmp_path / "middle.flac").read_bytes())
+    data[len(data) // 2:len(data) // 2 + 200] = bytes(200)
+    (tmp_path / "middle.flac").write_bytes(data)
+    return tmp_path
+
+
+def test_training_refuses_bad_clips_together(world, bad_clips, capsys):
+    """One line for each, exit code 2, and nothing is written."""
+    _, policy = world
+    save_policy(policy, bad_clips / "model")
+    rows = [ROW | {"id": name, "audio": name} for name in ["good.wav", *BAD_CLIPS]]
+    (bad_clips / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    capsys.readouterr()
+    assert train.main(tiny.arguments(bad_clips, bad_clips / "out")) == 2
+    first, *others = capsys.readouterr().err.splitlines()
+    lines = [first.removeprefix("error: "), *others]
+    assert [line.split(": ")[0] for line in lines] == [
+        f"{bad_clips}/train.jsonl:{number}" for number in range(2, 7)]
+    for line, part in zip(lines, ["beyond", "NaN", "cannot be read", "name too long", "lost sync"]):
+        assert part in line
+    assert not (bad_clips / "out").exists()
+
+
+def test_evaluation_counts_bad_clips_as_unreadable(world, bad_clips, monkeypatch, capsys):
+    """The other questions are asked. The comparison with training data goes on, too."""
+    _, policy = world
+    names = ["good.wav", *BAD_CLIPS]
+    items = [Item(name, (bad_clips / name,), "What barks?", ("a dog", "a seal"), "a dog", {})
+             for name in names]
+    monkeypatch.setattr(evaluate, "sample", lambda policy, prompts, *_, **__: [
+        Completion([5], [], "stop") for _ in prompts])
+    options = SimpleNamespace(instruction="", temperature=0, max_new_tokens=4, seed=0)
+    rows, errors = evaluate.complete(policy, None, items, options)
+    assert [row["id"] for row in rows] == ["good.wav"] and errors.keys() == BAD_CLIPS.keys()
+    for name, part in BAD_CLIPS.items():
+        assert part in errors[name] and "\n" not in errors[name]
+    found = evaluate.fingerprints(items)
+    assert len(found["audio samples"]) == 3  # good, spike and nan: these two have a fingerprint
+    assert capsys.readouterr().out.count("was not compared") == 3
+
+
+@pytest.mark.parametrize("data", ["toy", "no_such.jsonl"])
+@pytest.mark.parametrize("recipe", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_missing_model_folder_is_named_first(recipe, data, capsys):
+    """Before the data file, which may be missing as well."""
+    assert train.main([str(recipe), "--model", "no_such_folder", "--data", data]) == 2
+    assert capsys.readouterr().err.startswith("error: no_such_folder: no config.json; ")
 
 
 # ──────── recipes ────────
