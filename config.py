@@ -12,6 +12,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import get_origin
 
 import yaml
 from transformers import HfArgumentParser
@@ -234,14 +235,16 @@ def read_recipe(path):
         raise InputError(f"{path}: not valid yaml ({' '.join(str(error).split())})") from error
     if not isinstance(recipe, dict):
         raise InputError(f"{path}: a {type(recipe).__name__}; write one `field: value` per line")
-    known = {f.name for f in dataclasses.fields(TrainConfig)}
+    one = (bool, int, float, str)
+    allowed = {f.name: (list, *one) if get_origin(f.type) is list else one
+               for f in dataclasses.fields(TrainConfig)}
     for key, value in recipe.items():
-        if key not in known:
+        if key not in allowed:
             raise InputError(f"{path}: unknown field {key!r}; python train.py --help lists the "
                              "fields")
         if value is None:
             raise InputError(f"{path}: field {key!r} has no value; give one or remove the line")
-        if isinstance(value, dict) or re.search("[\ud800-\udfff]", str(value)):
-            raise InputError(f"{path}: field {key!r} is {value!r}; give a number, a text in "
-                             "quotes, or a list")
+        if not isinstance(value, allowed[key]) or re.search("[\ud800-\udfff]", str(value)):
+            raise InputError(f"{path}: field {key!r} is {value!r}; give a number or a text in "
+                             "quotes, or a list where the field takes one")
     return recipe

@@ -242,7 +242,7 @@ def test_a_missing_model_folder_is_named_first(recipe, data, capsys):
 # ──────── recipes ────────
 
 
-@several(120)
+@several(80)
 @given(data=st.data())
 def test_changed_recipes(tmp_path_factory, data):
     """A recipe is refused by the name of the file or field, or it gives a valid configuration."""
