@@ -302,33 +302,38 @@ def save_adapter(policy, folder):
     adapter = _gathered({name: tensor for name, tensor in state.items() if ".lora_" in name})
     if not adapter:  # a rank other than 0
         return
-    policy.model.save_pretrained(folder, state_dict=adapter)
-    base, mapping = type(policy.base).__name__, ""
+    building = folder.with_name(f".{folder.name}.writing")
+    shutil.rmtree(building, ignore_errors=True)
+    policy.model.save_pretrained(building, state_dict=adapter)
+    base, card = type(policy.base).__name__, ADAPTER_CARD
     if policy.full_config is not None:
-        base = WHOLE_MODEL[policy.base.config.model_type].__name__
-        mapping = ("\nOn the thinker alone, take `thinker.` off the names:\n\n"
-                   "    model = PeftModel.from_pretrained(thinker, ADAPTER, "
-                   "key_mapping={r\"^thinker\\.\": \"\"})\n")
-        file = folder / "adapter_model.safetensors"  # peft writes only names that it knows
+        base, card = WHOLE_MODEL[policy.base.config.model_type].__name__, card + ON_THE_THINKER
+        file = building / "adapter_model.safetensors"  # peft itself writes only names that it knows
         save_file({name.replace("base_model.model.", "base_model.model.thinker.", 1): tensor
                    for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-    file = folder / "adapter_config.json"
+    file = building / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
-    config["auto_mapping"]["base_model_class"] = base  # peft wrote the thinker's class
-    file.write_text(json.dumps(config, indent=2))
-    (folder / "README.md").write_text(_ADAPTER_CARD.format(base=base) + mapping, encoding="utf-8")
+    config["auto_mapping"]["base_model_class"] = base  # peft wrote the thinker's
+    file.write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (building / "README.md").write_text(card.replace("BASE", base), encoding="utf-8")
+    shutil.rmtree(folder, ignore_errors=True)
+    building.rename(folder)
 
 
-_ADAPTER_CARD = """---
+ADAPTER_CARD = """---
 library_name: peft
 ---
 A LoRA adapter, trained with MAPO. adapter_config.json names the model that it belongs to, as
 `base_model_name_or_path`. Do not put it on the folder `checkpoint`, which holds the sum of both.
 
-
     from peft import PeftModel
-    from transformers import {base}
-    model = PeftModel.from_pretrained({base}.from_pretrained(MODEL), ADAPTER)
+    from transformers import BASE
+    model = PeftModel.from_pretrained(BASE.from_pretrained(MODEL), ADAPTER)
+"""
+ON_THE_THINKER = r"""
+On the thinker alone, take `thinker.` off the names:
+
+    model = PeftModel.from_pretrained(thinker, ADAPTER, key_mapping={r"^thinker\.": ""})
 """
 
 
