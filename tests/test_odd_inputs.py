@@ -262,3 +262,12 @@ def test_changed_recipes(tmp_path_factory, data):
         assert any(name in str(error) for name in names) and "\n" not in str(error), error
     else:
         assert isinstance(config, TrainConfig)
+
+
+@pytest.mark.parametrize("line", ["seed: [1, 2]", "data: [null, null]", "data: {a: b}",
+                                  "target_layers: {1}", 'instruction: "\\ud83d"', "model:"])
+def test_values_of_the_wrong_kind(tmp_path, line):
+    """A list for one value, a mapping, half of a character: the file and the field are named."""
+    (tmp_path / "recipe.yaml").write_text(line)
+    with pytest.raises(InputError, match=f"recipe.yaml: field '{line.partition(':')[0]}' "):
+        read_config([str(tmp_path / "recipe.yaml")])
