@@ -5,7 +5,7 @@
 PYTHON ?= python3
 
 toy: venv
-	.venv/bin/python train.py recipes/toy.yaml
+	.venv/bin/python train.py recipes/toy.yaml --overwrite true
 
 test: venv
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not vllm"

@@ -11,11 +11,15 @@ no half checkpoint.
 import contextlib
 import copy
 import dataclasses
+import errno
 import json
 import os
+import pickle
 import re
 import shutil
+import sys
 import warnings
+import zipfile
 from pathlib import Path
 
 import torch
@@ -23,6 +27,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
                                                      set_state_dict)
 from torch.distributed.tensor import DTensor
@@ -225,22 +230,51 @@ def add_lora(policy, rank, alpha):
 # ──────── saving ────────
 
 
+@contextlib.contextmanager
+def disk_faults():
+    """Turns what libraries raise when they cannot write, as on a full disk, into an OSError."""
+    try:
+        yield
+    except (CheckpointException, SafetensorError, RuntimeError) as error:
+        causes = [error]
+        if isinstance(error, CheckpointException):  # torch.distributed.checkpoint: one per rank
+            causes = [cause for cause, _ in error.failures.values()]
+        for cause in causes:
+            if isinstance(cause, OSError):
+                raise cause from error
+            if re.search(r"os error \d|inline_container|PytorchStreamWriter", str(cause)):
+                reason = " ".join(str(cause).split())[:200]
+                raise OSError(errno.EIO, f"cannot be written ({reason})") from error
+        raise
+
+
 def save_checkpoint(policy, folder, team):
     """Writes a folder that transformers, vLLM and load_policy read. All ranks call it.
 
     Under LoRA the adapter alone is written beside it, as adapter…/ in place of checkpoint…/.
     """
+    if policy.model is not policy.base:
+        adapter = folder.with_name(folder.name.replace("checkpoint", "adapter"))
+        with _replacing(adapter, team) as building:
+            save_adapter(policy, building)
+    with _replacing(folder, team) as building:
+        save_policy(policy, building)
+
+
+@contextlib.contextmanager
+def _replacing(folder, team):
+    """→ a folder beside `folder`, which takes its place when it is whole. A link is followed."""
+    folder = folder.resolve()
     building = folder.with_name(f".{folder.name}.writing")
     if team.leads:
         shutil.rmtree(building, ignore_errors=True)
-    save_policy(policy, building)
-    if policy.model is not policy.base:
-        save_adapter(policy, folder.with_name(folder.name.replace("checkpoint", "adapter")))
+    yield building
     if team.leads:
         shutil.rmtree(folder, ignore_errors=True)
         building.rename(folder)
 
 
+@disk_faults()
 def save_policy(policy, folder):
     """Writes a checkpoint folder in the original layout, LoRA merged. All ranks call it.
 
@@ -292,6 +326,7 @@ def whole_weights(policy):
     return merged
 
 
+@disk_faults()
 def save_adapter(policy, folder):
     """Writes the LoRA adapter alone, as peft reads it, and its card. All ranks call it.
 
@@ -350,17 +385,19 @@ def _gathered(state):
 # ──────── states to resume from ────────
 
 
+@disk_faults()
 def save_state(folder, step, run, batch):
     """Writes folder/step-<step>, from which a run continues as if it had never stopped.
 
     Every rank writes its shard of weights and optimizer (torch.distributed.checkpoint). Rank 0
-    adds the schedule, the step, the config and the generation batch that is not used up (or None).
-    The last two states are kept. All ranks call it.
+    adds the schedule, the step, the config, hashes of the questions, and the generation batch that
+    is not used up (or None). The last two states are kept. All ranks call it.
     """
-    team = run.team
+    team, folder = run.team, folder.resolve()
     building, final = folder / f".step-{step}.writing", folder / f"step-{step}"
     if team.leads:
-        shutil.rmtree(building, ignore_errors=True)
+        for leftover in folder.glob(".step-*.writing"):
+            shutil.rmtree(leftover, ignore_errors=True)
         building.mkdir(parents=True)
     team.gather(None)  # no rank writes before the folder exists
     options = StateDictOptions(ignore_frozen_params=True)
@@ -371,32 +408,38 @@ def save_state(folder, step, run, batch):
     torch.save(torch.get_rng_state(), building / f"rng-{team.rank}.pt")
     if team.leads:
         torch.save({"step": step, "schedule": run.schedule.state_dict(),
-                    "config": dataclasses.asdict(run.config),
+                    "config": dataclasses.asdict(run.config), "rows": run.rows,
                     "batch": vars(batch) if batch else None}, building / "run.pt")
     team.gather(None)  # every rank has written
     if team.leads:
         shutil.rmtree(final, ignore_errors=True)
         building.rename(final)
-        for old in sorted(folder.glob("step-*"), key=_step_of)[:-2]:
-            shutil.rmtree(old)
+        states = states_in(folder)
+        for old in sorted(number for number in states if number <= step)[:-2]:
+            shutil.rmtree(states[old])
     team.gather(None)
 
 
-def resume(policy, optimizer, schedule, config, team):
-    """Loads the newest whole state of output_dir, written by any number of ranks.
+def resume(run):
+    """Loads the newest whole state of output_dir, written by any number of ranks, into `run`.
 
     → (steps done, the fields of the generation batch that is not used up, or None). Raises
-    InputError when there is no state, or when a field that matters has changed.
+    InputError when there is no state, or when a field that matters or the questions have changed.
     """
+    policy, optimizer, config, team = run.policy, run.optimizer, run.config, run.team
     folder = newest_state(Path(config.output_dir) / "state", team)
     if folder is None:
-        raise InputError(f"{config.output_dir}/state: no whole state to resume from; leave out "
-                         "--resume")
+        raise InputError(f"{config.output_dir}/state: no whole state to resume from (a run that "
+                         "has ended keeps none); --overwrite true in place of --resume starts anew")
     saved = torch.load(folder / "run.pt", weights_only=False)  # our own file, of plain objects
     for name, value in saved["config"].items():
         if name not in MAY_CHANGE and getattr(config, name, value) != value:
             raise InputError(f"{name} is {getattr(config, name)!r} and was {value!r} when {folder} "
                              "was saved; resume with the same value, or start a new run")
+    for name, digest in run.rows.items():
+        if saved.get("rows", {}).get(name) != digest:
+            raise InputError(f"{name} {getattr(config, name)}: its rows or clips are not those of "
+                             f"{folder}; resume with the same file, or start a new run")
     options = StateDictOptions(ignore_frozen_params=True, strict=False)
     weights, moments = get_state_dict(policy, optimizer, options=options)
     with _without_warning():
@@ -404,7 +447,7 @@ def resume(policy, optimizer, schedule, config, team):
                  process_group=team.group, no_dist=team.size == 1)
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments,
                    options=options)
-    schedule.load_state_dict(saved["schedule"])
+    run.schedule.load_state_dict(saved["schedule"])
     generator = folder / f"rng-{team.rank}.pt"
     if generator.is_file():
         torch.set_rng_state(torch.load(generator))
@@ -412,13 +455,39 @@ def resume(policy, optimizer, schedule, config, team):
 
 
 def newest_state(folder, team):
-    """The newest whole state under `folder`, or None. A state is whole once it is renamed."""
-    states = sorted(folder.glob("step-*"), key=_step_of)
-    return team.broadcast(states[-1] if states else None)
+    """The newest whole state under `folder`, or None. A warning names each one that it skips."""
+    states, newest = states_in(folder), None
+    for number in sorted(states, reverse=True) if team.leads else ():
+        if is_whole(states[number]):
+            newest = states[number]
+            break
+        print(f"warning: {states[number]} is not whole and was skipped", file=sys.stderr)
+    return team.broadcast(newest)
 
 
-def _step_of(folder):
-    return int(folder.name.removeprefix("step-"))
+def states_in(folder):
+    """{step: folder} of the states that a run keeps there. Other names are not its own."""
+    found = {path: re.fullmatch("step-([0-9]+)", path.name) for path in folder.glob("step-*")}
+    return {int(match[1]): path for path, match in found.items() if match and path.is_dir()}
+
+
+def is_whole(state):
+    """Does the folder of a state hold all files, each as long as it was written?"""
+    try:
+        parts = dcp.FileSystemReader(state).read_metadata().storage_data.values()
+        return (all((state / part.relative_path).stat().st_size >= part.offset + part.length
+                    for part in parts)
+                and all(zipfile.is_zipfile(state / name) for name in ("run.pt", "rng-0.pt")))
+    except (OSError, EOFError, pickle.UnpicklingError):
+        return False
+
+
+def remove_states(folder):
+    """Deletes the states of a run, and their folder if nothing else is in it."""
+    for state in (*states_in(folder).values(), *folder.glob(".step-*.writing")):
+        shutil.rmtree(state)
+    if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 @contextlib.contextmanager

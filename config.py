@@ -140,6 +140,9 @@ class TrainConfig(MapoConfig):
     export_every: int = described(
         0, "optimizer steps between checkpoints; 0 writes only the last one (ours)")
     resume: bool = described(False, "continue from the newest state in output_dir (ours)")
+    overwrite: bool = described(
+        False, "remove the run that output_dir holds before the first step; without it, and "
+        "without resume, such a folder is refused (ours)")
     report_to: str = described(
         "none", "`tensorboard` or `wandb` through accelerate's trackers, or `none` (ours)")
 
@@ -170,6 +173,8 @@ class TrainConfig(MapoConfig):
                               ("report_to", ("none", "tensorboard", "wandb"))):
             self._check(name, getattr(self, name) in allowed, f"one of {', '.join(allowed)}")
         self._check("rollout_nodes", self.rollout_nodes in (-1, 0, 1), "-1, 0 or 1")
+        if self.resume and self.overwrite:
+            raise ValueError("resume and overwrite are both true: choose one")
         if self.async_rollouts and self.rollout != "vllm":
             raise ValueError("async_rollouts needs rollout vllm: a single process cannot sample "
                              "and train at the same time")
@@ -186,10 +191,10 @@ class TrainConfig(MapoConfig):
 
 
 # Fields that a resumed run may change: where and how it runs, not what it computes.
-MAY_CHANGE = {"output_dir", "resume", "report_to", "micro_batch_size", "gradient_checkpointing",
-              "save_every", "export_every", "rollout_nodes", "offload_reference", "rollout",
-              "vllm_python", "vllm_url", "vllm_flags", "checker_flags", "check_push_every",
-              "max_push_gap"}
+MAY_CHANGE = {"output_dir", "resume", "overwrite", "report_to", "micro_batch_size",
+              "gradient_checkpointing", "save_every", "export_every", "rollout_nodes",
+              "offload_reference", "rollout", "vllm_python", "vllm_url", "vllm_flags",
+              "checker_flags", "check_push_every", "max_push_gap"}
 
 
 def vllm_python(config):

@@ -28,7 +28,7 @@ import plots
 from benchmarks import question_of, read_benchmark
 from checkpoint import check_policy, load_policy
 from data import (SAMPLE_RATE, InputError, audio_token_count, continue_log, json_lines, load_audio,
-                  read_questions)
+                  read_questions, write_whole)
 from mapo import (MapoConfig, audio_attention_mass, differential_entropy, inverse_relevance_weight,
                   relevance_mask)
 from model import allowed_keys, attention_weights, mass_rows, positions
@@ -97,8 +97,8 @@ def trace_command(options):
                                       options.temperature, layers)]
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    with open(out / "trace.jsonl", "w", encoding="utf-8") as file:
-        file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    write_whole(out / "trace.jsonl",
+                "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     for number, question in enumerate(questions):
         name = "".join(c if c.isalnum() or c in "-." else "_" for c in question.id)
         plots.draw_trace([row for row in rows if row["id"] == question.id],
@@ -136,7 +136,7 @@ def pos_command(options):
               for tag, (tokens, entropy, delta_h) in by_tag.items()]
     out = Path(options.out)
     out.mkdir(parents=True, exist_ok=True)
-    (out / "pos.md").write_text("\n".join(lines) + "\n", encoding="utf-8")
+    write_whole(out / "pos.md", "\n".join(lines) + "\n")
     print("\n".join(lines))
     plots.draw_pos(tags, means, out / "pos.png")
 
@@ -198,7 +198,7 @@ def acs_command(options):
     if unlisted:
         print(f"questions whose answer is none of the options, counted as wrong: {unlisted}")
     table = acs_table(rows)
-    (out / "acs.md").write_text(table, encoding="utf-8")
+    write_whole(out / "acs.md", table)
     plots.draw_acs(acs_accuracies(rows), RANDOM_SEEDS, out / "acs.png")
     print(table)
 
@@ -426,14 +426,24 @@ def greedy(policy, prompts, options):
 def claim(out, options, file, names):
     """Makes the folder `out` and records the settings that its `file` is made with → the settings.
 
-    names: the options that count. Raises InputError if the file exists and was made with other
-    settings, because the rows of two evaluations must not mix.
+    names: the options that count. The content of --data and the sizes and times of the weights
+    count too. Raises InputError if `out` holds rows that were made with other settings, because
+    those of two evaluations must not mix.
     """
     settings = {name: getattr(options, name) for name in names}
+    with open(options.data, "rb") as data:
+        settings["sha256 of data"] = hashlib.file_digest(data, "sha256").hexdigest()
+    folders = options.model if isinstance(options.model, dict) else {"": options.model}
+    settings["weights"] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns]
+                           for folder in folders.values()
+                           for path in sorted(Path(folder).glob("*.safetensors"))]
     known = out / "settings.json"
-    if (out / file).is_file() and \
-            (not known.is_file() or json.loads(known.read_text()) != settings):
-        raise InputError(f"{out / file}: made by another evaluation; give another --out")
-    out.mkdir(parents=True, exist_ok=True)
-    known.write_text(json.dumps(settings, indent=1, ensure_ascii=False))
+    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
+    made = [out / log for log in ("completions.jsonl", "acs.jsonl") if (out / log).is_file()]
+    other = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+    if other and made:
+        raise InputError(f"{made[0]}: made by another evaluation (other {', '.join(other)}); give "
+                         "another --out")
+    out.resolve().mkdir(parents=True, exist_ok=True)
+    write_whole(known, json.dumps(settings, indent=1, ensure_ascii=False))
     return settings

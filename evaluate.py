@@ -34,7 +34,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks import BENCHMARKS, question_of, read_benchmark, read_predictions
 from checkpoint import load_policy
-from data import InputError, continue_log, read_avqa, read_questions
+from data import DISK_FAULTS, InputError, continue_log, read_avqa, read_questions, write_whole
 from diagnostics import acs_command, batches, claim, load, pos_command, trace_command
 from plots import draw_curves
 from rewards import extract_answer
@@ -72,10 +72,9 @@ def benchmark(options):
     if options.command == "mmau-pro":
         # Its scorers take free text, and could give points to an empty one, which we leave out.
         predictions = {i: predictions.get(i) or text for i, text in answers.items() if text}
-    with open(out / "predictions.jsonl", "w", encoding="utf-8") as file:
-        for i, prediction in predictions.items():
-            row = {"id": i, "prediction": prediction, "answer": answers[i]}
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    write_whole(out / "predictions.jsonl", "".join(
+        json.dumps({"id": i, "prediction": prediction, "answer": answers[i]},
+                   ensure_ascii=False) + "\n" for i, prediction in predictions.items()))
     report = score(options.command, items, predictions, judge, embed, answers)
     report |= {"settings": settings, "judge": options.judge and options.judge_model,
                "unreadable": unreadable,
@@ -195,9 +194,9 @@ def write_report(out, name, report, label):
     label: a path; its name is shown.
     """
     text = json.dumps(report, indent=1, ensure_ascii=False)
-    (out / "report.json").write_text(text, encoding="utf-8")
+    write_whole(out / "report.json", text)
     table = markdown_table(name, report, Path(label).name)
-    (out / "table.md").write_text(table, encoding="utf-8")
+    write_whole(out / "table.md", table)
     print("\n".join([table, *report["notes"]]))
 
 
@@ -420,6 +419,12 @@ def main(arguments):
         return 2
     except (JudgeError, RolloutError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        print(f"error: {options.out}: {error.strerror}; free some space. What was written is kept, "
+              "and the same command continues from there", file=sys.stderr)
         return 1
     return 0
 

@@ -1,4 +1,4 @@
-"""What a run measures and writes: metrics.jsonl, completions.jsonl and evaluation.jsonl.
+"""What a run measures, writes and warns of: metrics.jsonl, completions.jsonl, evaluation.jsonl.
 
 metrics.jsonl has one line per optimizer step, completions.jsonl one per completion, and
 evaluation.jsonl one per evaluation on the held-out questions.
@@ -7,18 +7,21 @@ evaluation.jsonl one per evaluation on the held-out questions.
 import contextlib
 import dataclasses
 import json
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
 
 import torch
 import yaml
+from tqdm import tqdm
 
-from data import continue_log
+from data import cut_log, write_whole
 from rewards import accuracy_reward, format_reward, think_is_prefilled
 from rollout import Sampling, push_weights, sample
 
 FILES = ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl")
+FLAT_BATCHES = 3  # generation batches in a row whose advantages are all 0, before a warning (ours)
 MASS_METRICS = ("audio_mass_max", "audio_mass_max_late", "audio_mass_mean", "audio_mass_mean_late")
 
 
@@ -118,6 +121,8 @@ def batch_metrics(batch, rows, config):
     return {"reward": total.mean().item(), **mean,
             "reward_std": total.std(unbiased=False).item(),
             "accuracy": mean["reward_accuracy"],
+            "checker_unreadable": (sum(batch.unreadable[i] for i in rows)
+                                   if config.reward_weights[2] else None),
             "zero_advantage": (batch.advantages[rows].abs() < 1e-6).float().mean().item(),
             "completion_length": sum(lengths) / len(lengths),
             "truncated": truncated / len(rows),
@@ -171,6 +176,47 @@ def log_step(step, metrics, per_token, batch, run, log, bar):
                     s=f"{metrics['seconds_step']:.1f}")
 
 
+# ──────── a run that learns nothing ────────
+
+
+def warn_if_nothing_is_learnt(batch, iteration, run):
+    """Prints a warning with one completion, on rank 0, when the run cannot learn.  (ours)
+
+    It cannot when no completion of the run's first generation batch earns the format reward, or
+    when all advantages of FLAT_BATCHES generation batches in a row are 0. A resumed run counts
+    them from 0.
+    """
+    config, rewards = run.config, batch.rewards
+    run.flat_batches = run.flat_batches + 1 if (batch.advantages.abs() < 1e-6).all() else 0
+    cut = sum(c.finish_reason == "length" for c in batch.completions)
+    said = []
+    if iteration == 0 and config.reward_weights[1] != 0 and not rewards["format"].any():
+        said.append("no completion of the first generation batch earned the format reward. Likely "
+                    "causes: nobody told the model the format (--instruction); another "
+                    f"--format_style than {config.format_style}; --max_new_tokens "
+                    f"{config.max_new_tokens} ({cut} of {len(batch.completions)} were cut off)")
+    if run.flat_batches == FLAT_BATCHES:
+        said.append(f"all advantages of {FLAT_BATCHES} generation batches in a row were 0: the "
+                    "completions of each question earned equal rewards, so nothing was learnt. "
+                    "Likely causes: a format that the model does not know; questions too easy or "
+                    f"too hard (accuracy {rewards['accuracy'].mean():.2f}); --temperature "
+                    f"{config.temperature} is too low")
+    text = batch.texts[0]
+    shown = repr(text if len(text) <= 400 else f"{text[:200]} … {text[-200:]}")
+    for warning in said if run.team.leads else ():
+        tqdm.write(f"warning: {warning}. A completion: {shown}", file=sys.stderr)
+
+
+def not_finite(what, batch, rows):
+    """→ a FloatingPointError that names the questions of the completions `rows`."""
+    ids = list(dict.fromkeys(batch.prompts[row].question.id for row in rows))
+    more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+    return FloatingPointError(
+        f"{what}, on completions of {ids[:8]}{more}; listen to their clips, and try a lower "
+        "--learning_rate in a new run (--resume true would repeat this step); the last state and "
+        "the logs are kept")
+
+
 # ──────── the files ────────
 
 
@@ -178,17 +224,17 @@ def log_step(step, metrics, per_token, batch, run, log, bar):
 def open_log(config, team, done=0):
     """Opens the files in output_dir → log(file name, record), which appends a line of json.
 
-    Writes config.yaml as well. Lines after step `done` are dropped: all of an earlier run, or those
-    that a resumed run will repeat. Metrics also go to accelerate's tracker if report_to asks for
+    Writes config.yaml as well, which never asks to overwrite. Lines after step `done` are dropped:
+    a resumed run will repeat them. Metrics also go to accelerate's tracker if report_to asks for
     one. Ranks other than 0 write nothing.
     """
     if not team.leads:
         yield lambda name, record: None
         return
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    fields = dataclasses.asdict(config)
-    (folder / "config.yaml").write_text(yaml.safe_dump(fields, sort_keys=False), encoding="utf-8")
+    folder.resolve().mkdir(parents=True, exist_ok=True)
+    fields = dataclasses.asdict(config) | {"overwrite": False}
+    write_whole(folder / "config.yaml", yaml.safe_dump(fields, sort_keys=False))
     tracker = None
     if config.report_to != "none":
         from accelerate import Accelerator  # slow to import, and only its trackers are used
@@ -197,9 +243,8 @@ def open_log(config, team, done=0):
     with contextlib.ExitStack() as files:
         opened = {}
         for name in FILES:
-            kept = _lines_until(folder / name, done) if done else []
-            opened[name] = files.enter_context(open(folder / name, "w", encoding="utf-8"))
-            opened[name].writelines(kept)
+            cut_log(folder / name, keep=lambda row: row["step"] <= done)
+            opened[name] = files.enter_context(open(folder / name, "a", encoding="utf-8"))
 
         def log(name, record):
             opened[name].write(json.dumps(record, ensure_ascii=False) + "\n")
@@ -212,11 +257,6 @@ def open_log(config, team, done=0):
         for each in tracker.trackers if tracker else ():
             files.callback(each.finish)
         yield log
-
-
-def _lines_until(path, done):
-    return [json.dumps(row, ensure_ascii=False) + "\n"
-            for row in continue_log(path) if row["step"] <= done]
 
 
 # ──────── held-out accuracy ────────

@@ -18,6 +18,7 @@ server.
 import math
 import os
 import re
+import secrets
 import threading
 import unicodedata
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -245,13 +246,15 @@ If neither of these failure modes is present, respond “YES”. Only output YES
 FIRST_WAIT = 1.0  # seconds before the second attempt; later waits double up to LONGEST_WAIT (ours)
 LONGEST_WAIT = 30.0
 ATTEMPTS = 5  # of one request (ours)
+UNREADABLE = 0.02  # share of a batch whose verdicts may be unreadable before the run stops (ours)
 
 
 def check_consistency(texts, config, checker=None):
     """r_cons of each completion of a run (Appendix B), as its config asks for.
 
     checker: the server.Server that was started on `config.checker`, if there is one. With λ_cons 0
-    no checker is asked; the rewards are 0 and the metrics say null.
+    no checker is asked; the rewards are 0 and the metrics say null. None stands for a verdict that
+    could not be read, as in consistency_rewards.
     """
     style = config.format_style
     if config.reward_weights[2] == 0:
@@ -279,26 +282,45 @@ def consistency_rewards(completions, *, url, model, api_key=None, format_style="
                         max_in_flight=32, timeout=60.0, trust_env=True):
     """r_cons of each completion, in order: the checker's YES is 1.0, its NO 0.0.  (Appendix B)
 
+    The verdict is the first word of the reply. A reply that starts otherwise is asked for once
+    more, at temperature 1 with a random seed; if that one cannot be read either, the result is
+    None, which counts 0. More than one None that are also more than 2 % of the batch end the run,
+    and so does one of a single completion.  (ours)
+
     url: base of an OpenAI-compatible server, such as "http://host:8000/v1"; model: the name of the
     checker there (paper: Qwen3-30B-A3B-Instruct); max_in_flight: requests at a time; timeout:
     seconds of one request; trust_env: use http_proxy and similar variables.
     A completion without thinking or without an answer is "visibly incomplete" (failure mode 2): it
     gets 0.0 without a request. Transport faults and HTTP 408, 409, 429 and 5xx are tried again,
     ATTEMPTS times in all, with growing waits.
-    Raises CheckerError if they do not pass; at once for any other status and for a reply that is
-    neither YES nor NO. A checker that fails never counts as 0.
+    Raises CheckerError if they do not pass, at once for any other status, and for too many replies
+    that cannot be read. A checker that fails never counts as 0.
     """
     endpoint = url.rstrip("/") + "/chat/completions"
     given_up = threading.Event()  # after the first failure the other requests stop trying
     ask = retrying(given_up)
+    unreadable = []  # replies
 
     def score(completion):
         parts = split_completion(completion, format_style)
         if parts is None:
             return 0.0
         prompt = CHECKER_PROMPT.format(think_text=parts[0], answer_text=parts[1])
+        # Greedy first. The second seed is random, so that a resumed run does not get the same
+        # reply again.
+        for sampling in ({}, {"temperature": 1, "seed": secrets.randbelow(2**31)}):
+            reply = request(prompt, sampling)
+            first_word = (reply.split() or [""])[0]
+            verdict = re.fullmatch(r"[\W_]*(YES|NO)[\W_]*", first_word, re.I)
+            if verdict:
+                return 1.0 if verdict[1].upper() == "YES" else 0.0
+        unreadable.append(reply)
+        return None
+
+    def request(prompt, sampling):
         try:
-            return ask(_verdict, client, endpoint, model, prompt)
+            return ask(chat_reply, client, endpoint, model, prompt, 8, "checker", CheckerError,
+                       **sampling)
         except PassingFault as fault:
             raise CheckerError(f"the checker at {endpoint} gave no verdict in {ATTEMPTS} attempts; "
                                f"last fault: {fault}") from fault
@@ -315,10 +337,16 @@ def consistency_rewards(completions, *, url, model, api_key=None, format_style="
             for future in futures:
                 if future.done():
                     future.result()  # raises the first failure, before those it causes
-            return [future.result() for future in futures]
+            rewards = [future.result() for future in futures]
         finally:
             given_up.set()
             pool.shutdown(wait=False, cancel_futures=True)
+    allowed = max(1, UNREADABLE * len(rewards)) if len(rewards) > 1 else 0
+    if len(unreadable) > allowed:
+        raise CheckerError(f"the checker at {endpoint} gave no readable verdict on "
+                           f"{len(unreadable)} of {len(rewards)} completions, asked twice each; it "
+                           f"replied {unreadable[0][:200]!r}, but the first word must be YES or NO")
+    return rewards
 
 
 def rule_consistency_rewards(completions, format_style="think"):
@@ -336,30 +364,21 @@ def rule_consistency_rewards(completions, format_style="think"):
     return rewards
 
 
-def _verdict(client, endpoint, model, prompt):
-    """One request → 1.0 or 0.0. Raises what chat_reply does, and CheckerError for another reply."""
-    reply = chat_reply(client, endpoint, model, prompt, 8, "checker", CheckerError)
-    verdict = reply.strip(" \t\r\n.,;:!\"'“”*").upper()
-    if verdict not in ("YES", "NO"):
-        raise CheckerError(f"the checker at {endpoint} replied {reply!r}; expected YES or NO")
-    return 1.0 if verdict == "YES" else 0.0
-
-
 class CheckerError(RuntimeError):
-    """The checker gave no verdict: one line with its address and the last fault or the reply."""
+    """The checker gave no verdict: one line with its address and the last fault or a reply."""
 
 
 # ──────── a chat client, shared by checker and judge ────────
 
 
-def chat_reply(client, endpoint, model, prompt, max_tokens, who, error_class):
-    """One greedy chat completion of an OpenAI-compatible server → the text of the reply.
+def chat_reply(client, endpoint, model, prompt, max_tokens, who, error_class, **sampling):
+    """One chat completion of an OpenAI-compatible server → the text of the reply.
 
-    `who` names the server in errors. Raises PassingFault when another attempt may help, else
-    error_class, with one line.
+    It is greedy unless `sampling` has another temperature, and a seed. `who` names the server in
+    errors. Raises PassingFault when another attempt may help, else error_class, with one line.
     """
     body = {"model": model, "messages": [{"role": "user", "content": prompt}], "temperature": 0,
-            "max_tokens": max_tokens}
+            "max_tokens": max_tokens, **sampling}
     try:
         response = client.post(endpoint, json=body)
     except (httpx.InvalidURL, httpx.UnsupportedProtocol) as error:

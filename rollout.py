@@ -95,6 +95,7 @@ class GenerationBatch:
     seconds: dict = field(default_factory=lambda: defaultdict(float))  # phase → time, for the log
     texts: list = None  # [N] str
     rewards: dict = None  # name → tensor [N]: accuracy, format, consistency, total (Eq. 6)
+    unreadable: list = None  # [N] bool: the checker gave no verdict that could be read
     advantages: torch.Tensor = None  # [N] Â
     pos_gates: list = None  # [N] of [T] 0/1, g_t^pos
     pos_fallbacks: list = None  # [N] 0/1: did the gate fall back to all ones?

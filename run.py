@@ -8,10 +8,15 @@ Everything a user can get wrong is checked here, before anything is written.
 
 import contextlib
 import copy
+import hashlib
 import importlib.util
+import json
 import math
+import os
+import re
 import shutil
 import signal
+import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -22,8 +27,9 @@ from pathlib import Path
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from checkpoint import (WHOLE_MODEL, add_lora, check_folder, check_policy, load_policy, resume,
-                        save_checkpoint, save_policy, save_state)
+from checkpoint import (WHOLE_MODEL, add_lora, check_folder, check_policy, load_policy,
+                        remove_states, resume, save_checkpoint, save_policy, save_state,
+                        states_in)
 from config import TrainConfig, vllm_python
 from data import InputError, read_avqa, read_questions
 from distributed import Team, fill, launch, shard
@@ -45,6 +51,7 @@ class Run:
     eval_questions: list
     optimizer: torch.optim.Optimizer = None
     schedule: object = None
+    rows: dict = None  # hashes of the questions: a state resumes only with the same ones
     steps_done: int = 0  # optimizer steps, including those before a resume
     unfinished: dict = None  # fields of the generation batch that a resumed run continues with
     server: Server = None  # of the rollouts; rank 0 alone has it
@@ -52,6 +59,7 @@ class Run:
     pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
     ahead: tuple = None  # the sampling that async_rollouts started for the next iteration
     checks: int = 0  # comparisons of log-probs after a push
+    flat_batches: int = 0  # generation batches in a row whose advantages are all 0
     stop: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM
 
 
@@ -59,16 +67,24 @@ class Run:
 def open_run(config, team):
     """Reads and checks the inputs, loads the models, resumes, starts the servers → Run.
 
-    Raises InputError before anything is written.
+    Raises InputError before anything is written. With `overwrite`, the run that output_dir holds
+    is removed after all checks.
     """
     questions, eval_questions, policy, reference = open_inputs(config, team)
     run = Run(config, team, policy, reference, questions, eval_questions)
+    run.rows = team.broadcast({"data": rows_digest(questions), "eval_data":
+                               rows_digest(eval_questions)} if team.leads else None)
     run.optimizer, run.schedule = make_optimizer(policy, config)
     if config.resume:
-        run.steps_done, run.unfinished = resume(policy, run.optimizer, run.schedule, config, team)
+        run.steps_done, run.unfinished = resume(run)
+    if config.overwrite and team.leads:
+        remove_run(Path(config.output_dir))
     with (stop_on_sigterm(run.stop),
           open_servers(config, policy, [*questions, *eval_questions], team) as servers):
         run.server, run.checker = servers
+        exported = team.broadcast(checkpoint_folder(run).exists())
+        if config.resume and export_is_due(run) and not exported:
+            save_checkpoint(policy, checkpoint_folder(run), team)  # it was stopped before that
         try:
             yield run
         finally:
@@ -129,13 +145,11 @@ def check_settings(config):
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise InputError(f"report_to is {config.report_to}, which is not installed: pip install "
                          f"{config.report_to}")
-    output_dir = Path(config.output_dir).resolve()
-    existing = next(folder for folder in (output_dir, *output_dir.parents) if folder.exists())
-    if not existing.is_dir():
-        raise InputError(f"output_dir {config.output_dir}: {existing} is a file; give a folder")
-    if output_dir in (Path(config.model).resolve(), *Path(config.model).resolve().parents):
+    if Path(config.output_dir).resolve() in (Path(config.model).resolve(),
+                                             *Path(config.model).resolve().parents):
         raise InputError(f"output_dir {config.output_dir} holds the model that this run starts "
                          "from; give another folder")
+    check_output_dir(config)
     if uses_checker and is_url:
         probe = {"think": "<think>2 is even.</think>even",
                  "reasoning": "<reasoning>2 is even.</reasoning><answer>even</answer>"}
@@ -143,6 +157,64 @@ def check_settings(config):
             check_consistency([probe[config.format_style]], config)
         except CheckerError as error:
             raise InputError(f"checker: {error}") from error
+
+
+def check_output_dir(config):
+    """Can output_dir be written, and is it free for this run? Raises InputError; leaves no file."""
+    out = Path(config.output_dir)
+    where, checkpoint = f"output_dir {config.output_dir}", out / "checkpoint"
+    try:
+        target = checkpoint.resolve()  # `checkpoint` may link to another disk
+        for folder in (out.resolve(), (out / "state").resolve(), target.parent):
+            existing = next(f for f in (folder, *folder.parents) if f.exists())
+            if not existing.is_dir():
+                raise InputError(f"{where}: {existing} is a file; give a folder")
+            with tempfile.TemporaryFile(dir=existing) as file:
+                file.write(b"whether the disk is full")
+        left = files_of_run(out)
+        foreign = (checkpoint.is_symlink() and target.exists() and
+                   (os.path.ismount(target) or any(target.iterdir())
+                    and not (target / "config.json").is_file()))
+    except OSError as error:
+        raise InputError(f"{where}: cannot be written ({error.strerror}: {error.filename}); give "
+                         "another folder") from error
+    if foreign:
+        raise InputError(f"{where}: checkpoint links to {target}, which the run would replace, but "
+                         "it is a mount point or holds other files; link to a new folder inside")
+    if left and not config.resume and not config.overwrite:
+        raise InputError(f"{where} holds another run ({left[0].relative_to(out)}); --resume true "
+                         "continues it, --overwrite true removes it, or give another folder")
+
+
+# What a run writes into output_dir, beside state/ and the servers' own files.
+WRITTEN = re.compile(r"config\.yaml|(metrics|completions|evaluation)\.jsonl|training\.png"
+                     r"|\.?(checkpoint|adapter)(-[0-9]+)?(\.writing)?")
+
+
+def files_of_run(folder):
+    """→ paths of what an earlier run has written there: its states, then the rest."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [path for path in found if WRITTEN.fullmatch(path.name)]
+    return [*states_in(folder / "state").values(),
+            *(path for path in found if path.is_file() or path.is_dir() and any(path.iterdir()))]
+
+
+def remove_run(folder):
+    """Removes what an earlier run has written there, and nothing else. Links stay."""
+    remove_states(folder / "state")
+    shutil.rmtree(folder / "weights", ignore_errors=True)
+    for path in files_of_run(folder):
+        if path.is_dir():
+            shutil.rmtree(path.resolve())
+        else:
+            path.resolve().unlink()
+
+
+def rows_digest(questions):
+    """A hash of questions, and of the names and sizes of their clips: the folder may move."""
+    rows = [[q.id, q.question, q.choices, q.answer, q.domain,
+             [[clip.name, clip.stat().st_size] for clip in q.audio]] for q in questions]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 def read_inputs(config):
@@ -291,9 +363,9 @@ def stop_on_sigterm(event):
 def after_step(step, batch, run):
     """Saves the state and exports checkpoints when they are due. → True if the run must stop"""
     config, team, folder = run.config, run.team, Path(run.config.output_dir)
-    stopping = any(team.gather(run.stop.is_set()))
+    # After the last step the run ends anyway, with its checkpoint.
+    stopping = any(team.gather(run.stop.is_set())) and step < config.max_steps
     save_due = config.save_every and step % config.save_every == 0
-    export_due = config.export_every and step % config.export_every == 0
     if step < config.max_steps and (stopping or save_due):
         unfinished = batch if step % config.steps_per_generation else None
         save_state(folder / "state", step, run, unfinished)
@@ -301,6 +373,16 @@ def after_step(step, batch, run):
         if team.leads:
             print(f"{config.output_dir}: stopped by SIGTERM after step {step}; --resume true "
                   "continues from there")
-    elif export_due and step < config.max_steps:
-        save_checkpoint(run.policy, folder / f"checkpoint-{step}", team)
+    elif export_is_due(run):
+        save_checkpoint(run.policy, checkpoint_folder(run), team)
     return stopping
+
+
+def export_is_due(run):
+    """Is a checkpoint of the last step wanted? That of max_steps is another one."""
+    every, step = run.config.export_every, run.steps_done
+    return every > 0 and step % every == 0 and step < run.config.max_steps
+
+
+def checkpoint_folder(run):
+    return Path(run.config.output_dir) / f"checkpoint-{run.steps_done}"

@@ -19,7 +19,6 @@ lasts, state/ holds what --resume needs.
 """
 
 import dataclasses
-import shutil
 import sys
 import time
 from collections import defaultdict
@@ -31,19 +30,20 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from checkpoint import save_checkpoint
+from checkpoint import remove_states, save_checkpoint
 from config import read_config
-from data import InputError
+from data import DISK_FAULTS, InputError
 from distributed import join, serve
 from mapo import audio_attention_mass, differential_entropy, group_advantages, mapo_loss
-from metrics import StepMetrics, batch_metrics, held_out_accuracy, log_step, open_log, timed
+from metrics import (StepMetrics, batch_metrics, held_out_accuracy, log_step, not_finite, open_log,
+                     timed, warn_if_nothing_is_learnt)
 from plots import plot_training
 from pos_gate import load_tagger, pos_gate_batch
 from rewards import (CheckerError, accuracy_reward, check_consistency, format_reward,
                      think_is_prefilled, total_reward)
 from rollout import (GenerationBatch, Sampling, collate, gather_rows, micro_batches, rows_of_step,
                      sample)
-from run import after_step, open_run, update_server
+from run import after_step, check_output_dir, open_run, update_server
 from server import RolloutError
 
 
@@ -71,7 +71,7 @@ def train(config):
         save_checkpoint(run.policy, folder / "checkpoint", team)
         if team.leads:
             plot_training(folder)
-            shutil.rmtree(folder / "state", ignore_errors=True)  # nothing left to resume
+            remove_states(folder / "state")  # nothing left to resume
             print(f"{folder}: training.png, metrics.jsonl, completions.jsonl, checkpoint/")
 
 
@@ -87,6 +87,7 @@ def algorithm_1(run, log, bar):
         if batch is None:
             batch = sample_batch(iteration, run)  # lines 2, 3
             score(batch, run)  # line 4
+            warn_if_nothing_is_learnt(batch, iteration, run)
             reference_passes(batch, run)  # π_old, π_ref and π_text-ref on these tokens
         last_step = min((iteration + 1) * config.steps_per_generation, config.max_steps)
         for step in range(run.steps_done + 1, last_step + 1):
@@ -188,12 +189,15 @@ def score(batch, run):
                         for text, p in pairs]
             form = [format_reward(text, style, think_is_prefilled(tokenizer, p))
                     for text, p in pairs]
-            consistency = check_consistency(batch.texts, config, run.checker)
+            verdicts = check_consistency(batch.texts, config, run.checker)
+            batch.unreadable = [verdict is None for verdict in verdicts]
+            consistency = [verdict or 0.0 for verdict in verdicts]
             total = [total_reward(*rewards, config.reward_weights)
                      for rewards in zip(accuracy, form, consistency, strict=True)]
             batch.rewards = {"accuracy": torch.tensor(accuracy), "format": torch.tensor(form),
                              "consistency": torch.tensor(consistency), "total": torch.tensor(total)}
-        batch.texts, batch.rewards = team.broadcast((batch.texts, batch.rewards))
+        batch.texts, batch.rewards, batch.unreadable = team.broadcast(
+            (batch.texts, batch.rewards, batch.unreadable))
         batch.advantages = group_advantages(batch.rewards["total"], config.group_size,
                                             config.advantage_eps)
     batch.pos_gates = [None] * len(batch.completions)
@@ -265,8 +269,7 @@ def update(batch, rows, step, run):
             accuracy_reward=micro.accuracy_reward, sampler_logp=micro.sampler_logp,
             mask=micro.loss_mask, config=config)
         if not torch.isfinite(parts["loss"]):
-            ids = [batch.prompts[row].question.id for row in part]
-            raise FloatingPointError(f"the loss is {parts['loss'].item()} on completions of {ids}")
+            raise not_finite(f"the loss is {parts['loss'].item()}", batch, part)
         # The rest of line 11: weighted, the gradients add up to that of 1/G Σ_g over the step. FSDP
         # averages over the ranks, so the loss is multiplied by their number.
         (parts["loss"] * micro.weight * team.size).backward()
@@ -276,7 +279,7 @@ def update(batch, rows, step, run):
     grad_norm = torch.nn.utils.clip_grad_norm_(trained, config.max_grad_norm)
     grad_norm = grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm
     if not torch.isfinite(grad_norm):
-        raise FloatingPointError(f"the gradient norm is {grad_norm.item()}")
+        raise not_finite(f"the gradient norm is {grad_norm.item()}", batch, rows)
     run.optimizer.step()  # line 12
     means, per_token = metrics.merged()
     batch.seconds["update"] = time.perf_counter() - started
@@ -296,6 +299,7 @@ def main(arguments):
         except LookupError as error:
             raise InputError(str(error)) from error
         if config.model == "toy":
+            check_output_dir(config)
             from toy import prepare  # builds a folder with a model and questions
             world = prepare(Path(config.output_dir).parent / f"toy-world-{config.seed}",
                             config.seed)
@@ -310,6 +314,12 @@ def main(arguments):
     # Rewards or completions are missing, or a loss or gradient is not finite.
     except (CheckerError, RolloutError, FloatingPointError) as error:
         print(f"error: {error}", file=sys.stderr)
+        return 1
+    except OSError as error:
+        if error.errno not in DISK_FAULTS:
+            raise
+        print(f"error: {config.output_dir}: {error.strerror}; free some space. What was saved is "
+              "kept, and --resume true continues from the last state", file=sys.stderr)
         return 1
     return 0
 

@@ -60,7 +60,8 @@ def train(world, out, batches, flags):
     subprocess.run(
         [sys.executable, str(measure.ROOT / "train.py"), str(measure.ROOT / "recipes" / "toy.yaml"),
          "--model", str(world / "model"), "--data", str(world / "train.jsonl"),
-         "--output_dir", str(out), "--max_steps", str(STEPS * batches), *flags],
+         "--output_dir", str(out), "--overwrite", "true", "--max_steps", str(STEPS * batches),
+         *flags],
         check=True, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
 

@@ -93,7 +93,7 @@ def run_arms(options):
         folder = folder_of(options.out.resolve(), seed, arm)
         folder.mkdir(parents=True, exist_ok=True)
         run(["train.py", "recipes/toy.yaml", "--seed", str(seed), "--output_dir", str(folder),
-             *ARMS[arm], *options.flags], folder / "log.txt")
+             "--overwrite", "true", *ARMS[arm], *options.flags], folder / "log.txt")
 
     options.out.mkdir(parents=True, exist_ok=True)
     commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,

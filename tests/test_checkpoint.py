@@ -11,6 +11,7 @@ import pytest
 import safetensors.torch
 import tiny
 import torch
+import torch.distributed.checkpoint as dcp
 from test_model import LAYERS, error_of, roughen
 from transformers import (Qwen2Config, Qwen2ForCausalLM, Qwen3OmniMoeConfig,
                           Qwen3OmniMoeForConditionalGeneration)
@@ -538,8 +539,44 @@ def test_peft_loads_the_adapter_of_a_model_without_a_thinker(tmp_path):
 
 
 def test_the_newest_whole_state_is_found(tmp_path):
-    """By number, not by name; a state that is still being written does not count."""
+    """By number, not by name; other names and a state that is still being written do not count."""
     assert checkpoint.newest_state(tmp_path / "state", ALONE) is None
-    for name in ("step-9", "step-10", ".step-11.writing"):
-        (tmp_path / "state" / name).mkdir(parents=True)
+    for name in ("step-9", "step-10", ".step-11.writing", "step-12-hf", "step-", "step-x"):
+        write_state(tmp_path / "state" / name)
     assert checkpoint.newest_state(tmp_path / "state", ALONE) == tmp_path / "state" / "step-10"
+
+
+def write_state(folder):
+    """The files of a state, with other contents."""
+    folder.mkdir(parents=True)
+    with checkpoint._without_warning():
+        dcp.save({"w": torch.arange(1000.0)}, checkpoint_id=folder, no_dist=True)
+    for name in ("run.pt", "rng-0.pt"):
+        torch.save(torch.zeros(9), folder / name)
+
+
+@pytest.mark.parametrize("file", ["run.pt", "rng-0.pt", ".metadata", "__0_0.distcp"])
+@pytest.mark.parametrize("damage", ["missing", "cut", "empty"])
+def test_a_state_that_is_not_whole_is_skipped(tmp_path, capsys, file, damage):
+    for name in ("step-3", "step-4"):
+        write_state(tmp_path / name)
+    assert checkpoint.newest_state(tmp_path, ALONE) == tmp_path / "step-4"
+    assert capsys.readouterr().err == ""
+    path = tmp_path / "step-4" / file
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes(content[:len(content) // 2 if damage == "cut" else 0])
+    assert checkpoint.newest_state(tmp_path, ALONE) == tmp_path / "step-3"
+    warning = f"warning: {tmp_path / 'step-4'} is not whole and was skipped\n"
+    assert capsys.readouterr().err == warning
+
+
+def test_only_states_are_removed(tmp_path):
+    for name in ("state/step-3", "state/step-4-hf", "only/step-1", "only/.step-2.writing"):
+        write_state(tmp_path / name)
+    for name in ("state", "only"):
+        checkpoint.remove_states(tmp_path / name)
+    assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-4-hf"]
+    assert not (tmp_path / "only").exists()
+    checkpoint.remove_states(tmp_path / "nothing")

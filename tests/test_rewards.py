@@ -516,19 +516,48 @@ def test_as_many_requests_in_flight_as_allowed(start_checker):
 
 @pytest.mark.parametrize("reply, reward", [
     ("YES", 1), ("yes", 1), (" Yes.\n", 1), ("“YES”", 1), ("NO", 0), ("no", 0), ("No!", 0),
-    ("\nNO. ", 0), ("**NO**", 0)])
+    ("\nNO. ", 0), ("**NO**", 0), ("YES, because it barks", 1), ("**No** – it contradicts", 0),
+    ("YES or NO", 1)])
 def test_verdicts(start_checker, reply, reward):
     assert ask(completions(1), start_checker(lambda *_: reply)) == [reward]
 
 
-@pytest.mark.parametrize("reply", ["MAYBE", "", "YES or NO", "NOT", "YESNO", "YES, because",
-                                   "The answer is YES", "1"])
+@pytest.mark.parametrize("reply", ["MAYBE", "", "NOT", "YESNO", "YES/NO", "The answer is YES", "1",
+                                   "<think>"])
 def test_another_reply_is_an_error_that_quotes_it(start_checker, reply):
+    """The verdict is the first word. One completion alone is more than 2 % of the batch."""
     checker = start_checker(lambda *_: reply)
     with pytest.raises(CheckerError) as error:
         ask(completions(1), checker)
     assert repr(reply) in str(error.value) and checker.url in str(error.value)
-    assert len(checker.requests) == 1
+    assert "\n" not in str(error.value) and len(checker.requests) == 2
+
+
+def test_an_unreadable_reply_is_asked_for_again_with_another_seed(start_checker):
+    """Greedy first. A second run does not ask with the same seed, so it can get another reply."""
+    checker = start_checker(lambda prompt, n: "NO" if n % 2 else "The answer is NO")
+    for _ in range(3):
+        assert ask(completions(1), checker) == [0.0]
+    bodies = [body for _, _, body in checker.requests]
+    assert [body["temperature"] for body in bodies] == [0, 1] * 3
+    assert ["seed" in body for body in bodies] == [False, True] * 3
+    assert len({body["seed"] for body in bodies[1::2]}) == 3
+
+
+@pytest.mark.parametrize("count, unreadable, passes", [
+    (8, 1, True), (8, 2, False), (50, 1, True), (99, 2, False), (100, 2, True), (100, 3, False),
+    (2, 1, True), (1, 1, False)])
+def test_few_unreadable_verdicts_are_none_and_many_an_error(start_checker, count, unreadable,
+                                                            passes):
+    """More than one, and more than 2 % of the batch, end the run."""
+    checker = start_checker(lambda prompt, n: "Hm" if number_in(prompt) < unreadable else "YES")
+    if passes:
+        readable = count - unreadable
+        assert ask(completions(count), checker) == [None] * unreadable + [1.0] * readable
+    else:
+        with pytest.raises(CheckerError, match=f"on {unreadable} of {count} completions"):
+            ask(completions(count), checker)
+    assert len(checker.requests) == count + unreadable
 
 
 @pytest.mark.parametrize("body", [

@@ -6,8 +6,10 @@ All on a tiny model with random weights.
 import contextlib
 import json
 import math
+import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import fields, replace
@@ -25,7 +27,7 @@ import model
 import train
 from checkpoint import load_policy
 from config import TrainConfig, read_config
-from data import read_questions
+from data import InputError, read_questions
 from distributed import Team
 from metrics import open_log
 from run import Run
@@ -208,7 +210,8 @@ def test_work_per_generation_batch(world, tmp_path, monkeypatch):
     monkeypatch.setattr(model.Policy, "forward", counting)
     for flags, text_only in ((["--mask", "false", "--eta", "0"], 0), ([], 2)):
         calls.clear()
-        assert main(arguments(world, tmp_path, "--micro_batch_size", "8", *flags)) == 0
+        assert main(arguments(world, tmp_path, "--micro_batch_size", "8", "--overwrite", "true",
+                              *flags)) == 0
         assert calls.count(("audio", True)) == 4  # one per optimizer step
         # Two generation batches, π_old and π_ref, two micro-batches each.
         assert calls.count(("audio", False)) == 2 * (2 + 2)
@@ -516,6 +519,10 @@ BAD_INPUT = {
     "no tracker": (lambda t, w: ["--report_to", "wandb"],
                    "report_to is wandb, which is not installed"),
     "no checker": (lambda t, w: ["--checker", ""], "checker is ''"),
+    "resume and overwrite": (lambda t, w: ["--resume", "true", "--overwrite", "true"],
+                             "resume and overwrite are both true"),
+    "nothing to resume": (lambda t, w: ["--resume", "true"],
+                          "no whole state to resume from.*--overwrite true"),
 }
 
 
@@ -613,3 +620,312 @@ def test_a_resumed_log_keeps_the_steps_that_are_done(tmp_path):
     with open_log(TrainConfig(output_dir=str(tmp_path)), Team(), done=1):
         pass
     assert log.read_text(encoding="utf-8") == first
+
+
+def test_a_line_that_was_cut_inside_a_character_is_dropped_with_a_warning(tmp_path, capsys):
+    """The other lines stay byte for byte, and new ones follow."""
+    log = tmp_path / "completions.jsonl"
+    lines_before = b'{"step": 1}\n\n{"step":2, "a": "caf\xc3\xa9"}\n'
+    log.write_bytes(lines_before + b'{"step": 2, "text": "caf\xc3')
+    with open_log(TrainConfig(output_dir=str(tmp_path)), Team(), done=2) as write:
+        write("completions.jsonl", {"step": 3})
+    assert log.read_bytes() == lines_before + b'{"step": 3}\n'
+    assert capsys.readouterr().err == (f"warning: {log}:4: the line is cut off and was dropped\n")
+
+
+def test_a_broken_line_inside_a_log_is_named(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1}\n{"st\n{"step": 3}\n')
+    with pytest.raises(InputError, match="metrics.jsonl:2: not valid json"):
+        with open_log(TrainConfig(output_dir=str(tmp_path)), Team(), done=3):
+            pass
+
+
+# ──────── the folder of a run ────────
+
+
+def files(folder):
+    return {path.relative_to(folder): path.read_bytes()
+            for path in folder.rglob("*") if path.is_file()}
+
+
+def refused(capsys, flags, code=2):
+    """→ the one line that train.py prints when it refuses, or fails."""
+    capsys.readouterr()
+    assert main(flags) == code
+    errors = [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
+              if line.startswith("error: ")]
+    assert len(errors) == 1
+    return errors[0]
+
+
+@pytest.fixture(scope="module")
+def unfinished(world, tmp_path_factory):
+    """A run whose loss was not finite in step 4: it has states of steps 2 and 3."""
+    out = tmp_path_factory.mktemp("unfinished") / "out"
+    with nan_in_step(4):
+        assert main(arguments(world, out, "--save_every", "1", "--eval_data",
+                              world / "train.jsonl")) == 1
+    assert sorted(path.name for path in (out / "state").iterdir()) == ["step-2", "step-3"]
+    return out
+
+
+@contextlib.contextmanager
+def nan_in_step(number):
+    """The loss of the step is not a number. Every step has the same number of micro-batches."""
+    calls, loss, per_step = [], train.mapo_loss, 3  # 8 completions, 3 at a time
+
+    def nan_then(**inputs):
+        calls.append(1)
+        parts = loss(**inputs)
+        if len(calls) == (number - 1) * per_step + 2:
+            parts["loss"] = parts["loss"] * math.nan
+        return parts
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "mapo_loss", nan_then)
+        yield
+
+
+@pytest.mark.parametrize("left", ["config.yaml", "metrics.jsonl", "state/step-3/run.pt",
+                                  "checkpoint/config.json", "checkpoint-20/config.json"])
+def test_a_fresh_run_refuses_the_folder_of_another(world, tmp_path, capsys, left):
+    """In one line that names both ways out. Nothing changes, and no model is loaded."""
+    (tmp_path / left).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / left).write_text("of another run")
+    before = files(tmp_path)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("run.read_inputs", None)
+        error = refused(capsys, arguments(world, tmp_path))
+    assert f"{tmp_path} holds another run ({left.split('/run.pt')[0].split('/config.json')[0]})" \
+        in error
+    assert "--resume true" in error and "--overwrite true" in error
+    assert files(tmp_path) == before
+
+
+def test_files_that_no_run_writes_are_no_run(world, tmp_path):
+    """They stay, also with --overwrite true, which removes every file of the run before."""
+    kept = ["notes.txt", "state/step-2-hf/weights", "checkpoint-best/weights", "vllm.log"]
+    for name in kept:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("mine")
+    (tmp_path / "checkpoint").mkdir()  # empty
+    assert main(arguments(world, tmp_path, "--save_every", "1")) == 0
+    assert {name: (tmp_path / name).read_text() for name in kept} == dict.fromkeys(kept, "mine")
+    first = files(tmp_path)
+    for name in ("state/step-7/run.pt", "checkpoint-2/old", "adapter/old", "checkpoint/old",
+                 ".checkpoint-3.writing/old"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("of another run")
+    assert main(arguments(world, tmp_path, "--overwrite", "true", "--save_every", "1")) == 0
+    assert files(tmp_path).keys() == first.keys()
+    assert {name: (tmp_path / name).read_text() for name in kept} == dict.fromkeys(kept, "mine")
+    assert [m["step"] for m in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
+    # The recipe that the run writes does not overwrite.
+    assert not read_config([str(tmp_path / "config.yaml")]).overwrite
+
+
+def test_overwrite_removes_nothing_when_the_inputs_are_wrong(world, unfinished, tmp_path, capsys):
+    out = shutil.copytree(unfinished, tmp_path / "out")
+    before = files(out)
+    assert "3 is out of range" in refused(capsys, arguments(
+        world, out, "--overwrite", "true", "--target_layers", "3"))
+    assert files(out) == before
+
+
+def test_links_are_followed(world, tmp_path):
+    """output_dir and checkpoint may be links; they stay, and the run writes behind them."""
+    (tmp_path / "disk" / "old").mkdir(parents=True)
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "run")  # there is no such folder yet
+    assert main(arguments(world, tmp_path / "out", "--max_steps", 1)) == 0
+    assert (tmp_path / "disk" / "run" / "metrics.jsonl").is_file()
+    second = tmp_path / "second"
+    second.mkdir()
+    (second / "checkpoint").symlink_to(tmp_path / "disk" / "old")
+    for more in ((), ("--overwrite", "true")):
+        assert main(arguments(world, second, "--max_steps", 1, *more)) == 0
+        assert (second / "checkpoint").is_symlink()
+        assert load_policy(tmp_path / "disk" / "old").num_layers == 3
+    assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["old", "run"]
+
+
+def test_a_linked_checkpoint_that_would_cost_other_files_is_refused(world, tmp_path, capsys):
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "photo").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint").symlink_to(tmp_path / "photos")
+    for more in ((), ("--overwrite", "true")):
+        error = refused(capsys, arguments(world, tmp_path / "out", *more))
+        assert f"checkpoint links to {tmp_path / 'photos'}" in error
+    assert (tmp_path / "photos" / "photo").exists()
+
+
+@pytest.mark.parametrize("folder", ["/proc/out", "/proc/1/deep/out"])
+def test_a_folder_that_cannot_be_written_is_refused_before_anything_is_loaded(world, capsys,
+                                                                              folder, monkeypatch):
+    monkeypatch.setattr("run.read_inputs", None)
+    assert f"output_dir {folder}: cannot be written" in refused(capsys, arguments(world, folder))
+    # The toy would build its folder first.
+    assert f"output_dir {folder}: cannot be written" in refused(
+        capsys, arguments(world, folder, "--model", "toy"))
+
+
+def test_resume_refuses_other_rows(world, unfinished, tmp_path, capsys):
+    """Another order, another text, a clip of another length; of --data and of --eval_data.
+
+    The folder of the data may move: clips count by name and size.
+    """
+    out, place = shutil.copytree(unfinished, tmp_path / "out"), tmp_path / "world"
+    shutil.copytree(world, place)
+    data = place / "train.jsonl"
+    saved_fields = torch.load(out / "state" / "step-3" / "run.pt", weights_only=False)
+    saved_fields["config"] |= {"data": str(data), "model": str(place / "model"),
+                               "eval_data": str(place / "eval.jsonl")}
+    torch.save(saved_fields, out / "state" / "step-3" / "run.pt")
+    before = files(out)
+    shutil.copy(data, place / "eval.jsonl")
+    flags = arguments(place, out, "--resume", "true", "--save_every", "1", "--eval_data",
+                      place / "eval.jsonl")
+    for name in ("data", "eval_data"):
+        path = place / ("train.jsonl" if name == "data" else "eval.jsonl")
+        rows = path.read_text().splitlines(keepends=True)
+        for changed in (rows[::-1], [rows[0].replace("Which", "What"), *rows[1:]], rows[:-1]):
+            path.write_text("".join(changed))
+            error = refused(capsys, flags)
+            assert f"error: {name} {path}: its rows or clips are not those of" in error
+        path.write_text("".join(rows))
+    clip = next(place.glob("*.wav"))
+    content = clip.read_bytes()
+    soundfile.write(clip, np.zeros(9000), 16000)
+    assert f"error: data {data}: its rows or clips" in refused(capsys, flags)
+    assert files(out) == before
+    clip.write_bytes(content)
+    assert main(flags) == 0
+    assert [m["step"] for m in lines(out / "metrics.jsonl")] == [1, 2, 3, 4]
+
+
+def test_resume_skips_a_state_that_is_not_whole(world, unfinished, tmp_path, capsys):
+    """It goes on from the one before, keeps a whole state at every moment, and ends as usual."""
+    out = shutil.copytree(unfinished, tmp_path / "out")
+    (out / "state" / "step-3" / "run.pt").unlink()
+    flags = arguments(world, out, "--save_every", "1", "--eval_data", world / "train.jsonl")
+    capsys.readouterr()
+    assert main([*flags, "--resume", "true"]) == 0
+    assert f"warning: {out / 'state' / 'step-3'} is not whole and was skipped\n" \
+        in capsys.readouterr().err
+    assert [m["step"] for m in lines(out / "metrics.jsonl")] == [1, 2, 3, 4]
+    assert not (out / "state").exists()
+
+
+def test_a_broken_state_with_a_higher_number_costs_no_whole_one(world, unfinished, tmp_path):
+    """States that a run has passed are deleted; later ones are not its own."""
+    out = shutil.copytree(unfinished, tmp_path / "out")
+    (out / "state" / "step-9").mkdir()
+    with nan_in_step(1):  # the first step after the resume
+        assert main(arguments(world, out, "--save_every", "1", "--resume", "true", "--eval_data",
+                              world / "train.jsonl")) == 1
+    assert sorted(path.name for path in (out / "state").iterdir()) == ["step-2", "step-3", "step-9"]
+
+
+def test_sigterm_in_the_last_step_does_not_cost_the_checkpoint(world, tmp_path, monkeypatch):
+    """There is no state of the last step, so the run ends as usual."""
+    step, calls = torch.optim.AdamW.step, []
+
+    def terminated(*more, **named):
+        calls.append(1)
+        if len(calls) == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*more, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", terminated)
+    assert main(arguments(world, tmp_path)) == 0
+    assert (tmp_path / "checkpoint" / "config.json").is_file()
+
+
+def test_a_resumed_run_writes_the_export_that_it_missed(world, tmp_path, monkeypatch):
+    """SIGTERM in a step whose checkpoint is due: the run saves its state and stops at once."""
+    step, calls = torch.optim.AdamW.step, []
+
+    def terminated(*more, **named):
+        calls.append(1)
+        if len(calls) == 2:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return step(*more, **named)
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", terminated)
+    flags = arguments(world, tmp_path, "--export_every", "2")
+    assert main(flags) == 0 and not (tmp_path / "checkpoint-2").exists()
+    assert main([*flags, "--resume", "true"]) == 0
+    assert moved_weights(world, tmp_path / "checkpoint-2")
+
+
+# ──────── a run that learns nothing, or cannot go on ────────
+
+
+def test_a_loss_that_is_not_finite(world, unfinished, tmp_path, capsys):
+    """One line with the questions of the micro-batch and what to try; the last state is kept."""
+    with nan_in_step(4):
+        error = refused(capsys, arguments(world, tmp_path / "out", "--save_every", "1"), code=1)
+    assert re.fullmatch(r"error: the loss is nan, on completions of \['q\d'(, 'q\d')*\]; listen to "
+                        "their clips, and try a lower --learning_rate .* kept", error), error
+    state = tmp_path / "out" / "state"
+    assert sorted(path.name for path in state.iterdir()) == ["step-2", "step-3"]
+    assert len(lines(tmp_path / "out" / "metrics.jsonl")) == 3
+
+
+def test_a_gradient_that_is_not_finite(world, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda *_: torch.tensor(math.inf))
+    error = refused(capsys, arguments(world, tmp_path), code=1)
+    assert re.search(r"the gradient norm is inf, on completions of \['q\d', 'q\d'\]; ", error)
+    assert "lower --learning_rate" in error
+
+
+def warnings_of(capsys, flags):
+    capsys.readouterr()
+    assert main(flags) == 0
+    return [line for line in capsys.readouterr().err.replace("\r", "\n").splitlines()
+            if line.startswith("warning: ")]
+
+
+def test_a_run_whose_completions_have_no_format_says_so(world, tmp_path, capsys, monkeypatch):
+    """Once, for the first generation batch, with a completion and the likely causes."""
+    flags = arguments(world, tmp_path, "--save_every", "1")
+    [warning] = warnings_of(capsys, flags)
+    assert "no completion of the first generation batch earned the format reward" in warning
+    for cause in ("--instruction", "--format_style", "--max_new_tokens 12"):
+        assert cause in warning
+    first = lines(tmp_path / "completions.jsonl")[0]["text"]
+    assert warning.endswith(f"A completion: {first!r}")
+    monkeypatch.setattr(train, "format_reward", lambda *_: 1.0)
+    assert warnings_of(capsys, [*flags, "--overwrite", "true"]) == []
+
+
+def test_a_run_whose_advantages_are_0_says_so(world, tmp_path, capsys, monkeypatch):
+    """After three generation batches in a row, once."""
+    monkeypatch.setattr(train, "accuracy_reward", lambda *_: 0.0)
+    monkeypatch.setattr(train, "format_reward", lambda *_: 1.0)
+    flags = arguments(world, tmp_path, "--steps_per_generation", "1", "--max_steps")
+    assert warnings_of(capsys, [*flags, "2"]) == []
+    [warning] = warnings_of(capsys, [*flags, "4", "--overwrite", "true"])
+    assert "all advantages of 3 generation batches in a row were 0" in warning
+    assert "accuracy 0.00" in warning and "--temperature 1.2" in warning
+
+
+def test_a_resumed_run_does_not_warn_of_its_first_batch(world, unfinished, tmp_path, capsys):
+    out = shutil.copytree(unfinished, tmp_path / "out")
+    assert warnings_of(capsys, arguments(world, out, "--save_every", "1", "--resume", "true",
+                                         "--eval_data", world / "train.jsonl")) == []
+
+
+def test_unreadable_verdicts_are_counted(world, tmp_path, monkeypatch):
+    """They count 0 in the reward. Without a checker there is no number."""
+    monkeypatch.setattr(train, "check_consistency",
+                        lambda texts, *_: [None if i == 3 else 1.0 for i in range(len(texts))])
+    assert main(arguments(world, tmp_path)) == 0
+    metrics = lines(tmp_path / "metrics.jsonl")
+    assert [m["checker_unreadable"] for m in metrics] == [1, 0, 1, 0]
+    assert [m["reward_consistency"] for m in metrics] == [7 / 8, 1, 7 / 8, 1]
+    rows = lines(tmp_path / "completions.jsonl")
+    assert [row["reward_consistency"] for row in rows[:5]] == [1, 1, 1, 0, 1]
+    assert main(arguments(world, tmp_path, "--overwrite", "true",
+                          "--reward_weights", "2", "1", "0")) == 0
+    assert {m["checker_unreadable"] for m in lines(tmp_path / "metrics.jsonl")} == {None}

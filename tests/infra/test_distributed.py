@@ -487,15 +487,6 @@ def stopped(world, alone, tmp_path_factory):
     return folder
 
 
-def test_newest_state(tmp_path):
-    """The one with the highest number, not the last name, among those that are complete."""
-    assert checkpoint.newest_state(tmp_path / "state", Team()) is None
-    for name in ("step-9", "step-10", ".step-11.writing"):
-        (tmp_path / "state" / name).mkdir(parents=True)
-    newest = checkpoint.newest_state(tmp_path / "state", Team())
-    assert newest == tmp_path / "state" / "step-10"
-
-
 CHANGES = {"learning_rate": 2e-3, "group_size": 8, "max_steps": 8, "seed": 1, "eta": 0.25,
            "lora_rank": 2, "temperature": 1.0, "steps_per_generation": 4,
            "mask_truncated": "false", "max_new_tokens": 11, "freeze_audio_tower": "false",
