@@ -7,6 +7,7 @@ import json
 import multiprocessing
 import os
 import random
+import shutil
 import signal
 import sys
 import time
@@ -149,6 +150,37 @@ def test_rows_of_two_evaluations_do_not_mix(world, tmp_path):
     assert run(*mmau(world, tmp_path, "--out", tmp_path / "out"))[0] == 0
     code, _, err = run(*mmau(world, tmp_path, "--out", tmp_path / "out", "--temperature", "0.5"))
     assert code == 2 and "give another --out" in err and err.count("\n") == 1
+    assert "(other temperature)" in err
+
+
+@pytest.mark.parametrize("changed", ["weights", "sha256 of data"])
+def test_other_weights_or_rows_under_the_same_name_do_not_mix(world, tmp_path, changed):
+    """A model that was trained again, or a file with other rows: the old completions are not
+    scored as theirs. Nothing changes."""
+    shutil.copytree(world / "model", tmp_path / "model")
+    arguments = mmau(tmp_path, tmp_path, "--out", tmp_path / "out")
+    write_mmau(tmp_path, count=2)
+    assert run(*arguments)[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+    if changed == "weights":
+        weights = tmp_path / "model" / "model.safetensors"
+        weights.write_bytes(weights.read_bytes())
+    else:
+        write_mmau(tmp_path, count=3)
+    code, _, err = run(*arguments)
+    assert code == 2 and f"(other {changed})" in err and err.count("\n") == 1
+    assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
+
+
+def test_two_commands_do_not_share_a_folder(world, tmp_path):
+    """acs would replace the settings of the benchmark's completions."""
+    write_mmau(tmp_path, count=2)
+    assert run(*mmau(world, tmp_path, "--out", tmp_path / "out"))[0] == 0
+    settings = (tmp_path / "out" / "settings.json").read_bytes()
+    code, _, err = run("acs", "--model", world / "model", "--data", world / "train.jsonl",
+                       "--out", tmp_path / "out")
+    assert code == 2 and "completions.jsonl: made by another evaluation" in err
+    assert (tmp_path / "out" / "settings.json").read_bytes() == settings
 
 
 def test_unreadable_audio_is_reported_and_counts_as_wrong(world, tmp_path, says):
