@@ -37,8 +37,7 @@ from transformers import (AutoConfig, AutoModelForMultimodalLM, AutoTokenizer, G
                           WhisperFeatureExtractor)
 
 from config import MAY_CHANGE
-from data import (InputError, audio_token_count, clip_tokens, json_object, parse_json,
-                  raise_bad_rows)
+from data import InputError, json_object, parse_json
 from model import Policy
 
 # The checkpoints on the hub hold the whole Omni model. We train its thinker.
@@ -134,80 +133,6 @@ def make_policy(model, tokenizer, feature_extractor, folder=None, full_config=No
     """
     model.set_attn_implementation({"text_config": "audio_mass"})
     return Policy(model, tokenizer, feature_extractor, folder, full_config, saved_dtype).eval()
-
-
-def check_policy(policy, questions, target_layers):
-    """Checks the model against the questions before anything is trained or generated.
-
-    L_tgt must exist. No question may contain a control token, and its clips must fit the model;
-    the bad rows are listed together. For the first question the encoder must make as many audio
-    tokens as the prompt has placeholders. Raises InputError.
-    """
-    audio_token_count(100, policy.base.config.model_type)  # do we know the family?
-    control = _control_tokens(policy)
-    raise_bad_rows("the questions", [error for question in questions
-                                     if (error := _misfit(question, policy, control))])
-    for layer in target_layers:
-        if not 0 <= layer < policy.num_layers:
-            raise InputError(f"target_layers: {layer} is out of range; the model has layers 0 to "
-                             f"{policy.num_layers - 1}")
-    if not target_layers or len(set(target_layers)) < len(target_layers):
-        raise InputError(f"target_layers: {list(target_layers)}; give at least one layer, and each "
-                         "only once")
-    question = questions[0]
-    prompt = policy.encode(question)
-    batch = policy.collate([prompt], [[]]).to(policy.device)
-    wanted = sum(audio_token_count(n, policy.base.config.model_type) for n in prompt.frames)
-    reason = ""
-    try:
-        with torch.no_grad():
-            if hasattr(policy.base, "get_audio_features"):
-                features = policy.base.get_audio_features(**batch.audio)
-                made = features.last_hidden_state.shape[-2]
-            else:  # Qwen2-Audio; its forward compares the counts itself
-                policy(batch)
-                made = wanted
-    except torch.OutOfMemoryError:
-        raise
-    except (IndexError, RuntimeError, ValueError) as error:  # from the encoders
-        made, reason = "no", f" ({' '.join(str(error).split())[:200]})"
-    if made != wanted:
-        raise InputError(f"question {question.id}: the audio encoder makes {made} tokens{reason}, "
-                         f"but the prompt has {wanted} placeholders; check n_window and the "
-                         "feature extractor's hop length in the model folder")
-
-
-def _control_tokens(policy):
-    """→ a pattern that finds the texts that the tokenizer turns into control tokens.
-
-    Those are its special tokens, the placeholders, and added tokens such as <think>.
-    """
-    tokenizer = policy.tokenizer
-    texts = {*tokenizer.convert_ids_to_tokens(policy.placeholder_ids),
-             *(token.content for token in tokenizer.added_tokens_decoder.values()
-               if token.special or re.fullmatch("<.+>", token.content))}
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
-
-
-def _misfit(question, policy, control):
-    """The InputError of a question that does not fit the model, or None."""
-    where = f"{question.where}: " if question.where else ""
-    where += f"question {question.id}"
-    for name, texts in (("question", [question.question]), ("choices", question.choices)):
-        if found := control.search("\n".join(texts)):
-            return InputError(f"{where}: field {name!r} contains {found[0]}, a control token of "
-                              "the tokenizer; remove it")
-    model_type, tokens = policy.base.config.model_type, 0
-    try:
-        for clip, samples in zip(question.audio, question.samples):
-            tokens += clip_tokens(samples, policy.feature_extractor, model_type, clip)
-    except InputError as error:
-        return InputError(f"{where}: {error}")
-    most = policy.base.config.get_text_config().max_position_embeddings
-    if tokens >= most:
-        return InputError(f"{where}: its clips make {tokens} tokens, but the model takes {most} "
-                          "(max_position_embeddings); cut the clips")
-    return None
 
 
 def add_lora(policy, rank, alpha):
@@ -337,22 +262,18 @@ def save_adapter(policy, folder):
     adapter = _gathered({name: tensor for name, tensor in state.items() if ".lora_" in name})
     if not adapter:  # a rank other than 0
         return
-    building = folder.with_name(f".{folder.name}.writing")
-    shutil.rmtree(building, ignore_errors=True)
-    policy.model.save_pretrained(building, state_dict=adapter)
+    policy.model.save_pretrained(folder, state_dict=adapter)
     base, card = type(policy.base).__name__, ADAPTER_CARD
     if policy.full_config is not None:
         base, card = WHOLE_MODEL[policy.base.config.model_type].__name__, card + ON_THE_THINKER
-        file = building / "adapter_model.safetensors"  # peft itself writes only names that it knows
+        file = folder / "adapter_model.safetensors"  # peft itself writes only names that it knows
         save_file({name.replace("base_model.model.", "base_model.model.thinker.", 1): tensor
                    for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
-    file = building / "adapter_config.json"
+    file = folder / "adapter_config.json"
     config = json.loads(file.read_text(encoding="utf-8"))
     config["auto_mapping"]["base_model_class"] = base  # peft wrote the thinker's
     file.write_text(json.dumps(config, indent=2), encoding="utf-8")
-    (building / "README.md").write_text(card.replace("BASE", base), encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
-    building.rename(folder)
+    (folder / "README.md").write_text(card.replace("BASE", base), encoding="utf-8")
 
 
 ADAPTER_CARD = """---

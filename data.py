@@ -11,7 +11,6 @@ the file, the line or field, and the fix. Every clip is decoded then; check_clip
 """
 
 import dataclasses
-import errno
 import hashlib
 import json
 import os
@@ -202,57 +201,6 @@ def json_lines(path, errors=None):
                 errors.append(error)
                 continue
             yield number, row
-
-
-def continue_log(path):
-    """The rows of a jsonl log that we are about to append to; [] if it does not exist.
-
-    Drops a last line that was cut off (see cut_log).
-    """
-    cut_log(path)
-    return [row for _, row in json_lines(path)] if Path(path).is_file() else []
-
-
-def cut_log(path, keep=lambda row: True):
-    """Shortens a jsonl log, if it exists, to the rows before the first one that `keep` refuses.
-
-    A last line without a line end is dropped too, with a warning: its process was killed while it
-    wrote, or the disk was full. Shortening needs no space and leaves the other lines as they are.
-    Raises InputError for a line that is not a json object.
-    """
-    path, end = Path(path), 0
-    if not path.is_file():
-        return
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            where = f"{path}:{number}"
-            if not line.endswith(b"\n"):
-                print(f"warning: {where}: the line is cut off and was dropped", file=sys.stderr)
-                break
-            if line.strip() and not keep(json_object(parse_json(line, where, "delete the line"),
-                                                     where)):
-                break
-            end += len(line)
-    if end < path.stat().st_size:
-        os.truncate(path, end)
-
-
-def write_whole(path, text):
-    """Writes a text file beside its place and renames it, so that the old one is never half gone.
-
-    A link is followed.
-    """
-    path = Path(path).resolve()
-    building = path.with_name(f".{path.name}.writing")
-    try:
-        building.write_text(text, encoding="utf-8")
-        building.replace(path)
-    finally:
-        building.unlink(missing_ok=True)
-
-
-# What a disk reports that is full or broken. Other OSErrors are mistakes of ours.
-DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 def parse_json(data, where, fix):

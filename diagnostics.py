@@ -26,15 +26,16 @@ from transformers.masking_utils import sdpa_mask
 
 import plots
 from benchmarks import question_of, read_benchmark
-from checkpoint import check_policy, load_policy
-from data import (SAMPLE_RATE, InputError, audio_token_count, continue_log, json_lines, load_audio,
-                  read_questions, write_whole)
+from checkpoint import load_policy
+from data import SAMPLE_RATE, InputError, audio_token_count, json_lines, load_audio, read_questions
 from mapo import (MapoConfig, audio_attention_mass, differential_entropy, inverse_relevance_weight,
                   relevance_mask)
+from metrics import continue_log, write_whole
 from model import allowed_keys, attention_weights, mass_rows, positions
 from pos_gate import POS_TARGETS, load_tagger, pos_gate_batch, token_tags
 from rewards import accuracy_reward
 from rollout import Sampling, sample
+from run import check_policy
 
 RATIOS = (0.05, 0.10, 0.30, 0.50)  # shares of the audio to mask (paper, Table 4)
 RANDOM_SEEDS = 5

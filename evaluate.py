@@ -34,8 +34,9 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks import BENCHMARKS, question_of, read_benchmark, read_predictions
 from checkpoint import load_policy
-from data import DISK_FAULTS, InputError, continue_log, read_avqa, read_questions, write_whole
+from data import InputError, read_avqa, read_questions
 from diagnostics import acs_command, batches, claim, load, pos_command, trace_command
+from metrics import DISK_FAULTS, continue_log, write_whole
 from plots import draw_curves
 from rewards import extract_answer
 from rollout import Sampling, sample

@@ -1,13 +1,19 @@
-"""What a run measures, writes and warns of: metrics.jsonl, completions.jsonl, evaluation.jsonl.
+"""What a run measures, warns of, and writes into output_dir.
 
 metrics.jsonl has one line per optimizer step, completions.jsonl one per completion, and
-evaluation.jsonl one per evaluation on the held-out questions.
+evaluation.jsonl one per evaluation on the held-out questions. The last sections say which folders
+a run may write into, and how files are written so that an interruption loses nothing.
 """
 
 import contextlib
 import dataclasses
+import errno
 import json
+import os
+import re
+import shutil
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -16,7 +22,8 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from data import cut_log, write_whole
+from checkpoint import remove_states, states_in
+from data import InputError, json_lines, json_object, parse_json
 from rewards import accuracy_reward, format_reward, think_is_prefilled
 from rollout import Sampling, push_weights, sample
 
@@ -257,6 +264,114 @@ def open_log(config, team, done=0):
         for each in tracker.trackers if tracker else ():
             files.callback(each.finish)
         yield log
+
+
+# ──────── the folder ────────
+
+
+def check_output_dir(config):
+    """Can output_dir be written, and is it free for this run? Raises InputError; leaves no file."""
+    out = Path(config.output_dir)
+    where, checkpoint = f"output_dir {config.output_dir}", out / "checkpoint"
+    try:
+        target = checkpoint.resolve()  # `checkpoint` may link to another disk
+        for folder in (out.resolve(), (out / "state").resolve(), target.parent):
+            existing = next(f for f in (folder, *folder.parents) if f.exists())
+            if not existing.is_dir():
+                raise InputError(f"{where}: {existing} is a file; give a folder")
+            with tempfile.TemporaryFile(dir=existing) as file:
+                file.write(b"whether the disk is full")
+        left = files_of_run(out)
+        foreign = (checkpoint.is_symlink() and target.exists() and
+                   (os.path.ismount(target) or any(target.iterdir())
+                    and not (target / "config.json").is_file()))
+    except OSError as error:
+        raise InputError(f"{where}: cannot be written ({error.strerror}: {error.filename}); give "
+                         "another folder") from error
+    if foreign:
+        raise InputError(f"{where}: checkpoint links to {target}, which the run would replace, but "
+                         "it is a mount point or holds other files; link to a new folder inside")
+    if left and not config.resume and not config.overwrite:
+        raise InputError(f"{where} holds another run ({left[0].relative_to(out)}); --resume true "
+                         "continues it, --overwrite true removes it, or give another folder")
+
+
+# What a run writes into output_dir, beside state/ and the servers' own files.
+WRITTEN = re.compile(r"config\.yaml|(metrics|completions|evaluation)\.jsonl|training\.png"
+                     r"|\.?(checkpoint|adapter)(-[0-9]+)?(\.writing)?")
+
+
+def files_of_run(folder):
+    """→ paths of what an earlier run has written there: its states, then the rest."""
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    found = [path for path in found if WRITTEN.fullmatch(path.name)]
+    return [*states_in(folder / "state").values(),
+            *(path for path in found if path.is_file() or path.is_dir() and any(path.iterdir()))]
+
+
+def remove_run(folder):
+    """Removes what an earlier run has written there, and nothing else. Links stay."""
+    remove_states(folder / "state")
+    shutil.rmtree(folder / "weights", ignore_errors=True)
+    for path in files_of_run(folder):
+        if path.is_dir():
+            shutil.rmtree(path.resolve())
+        else:
+            path.resolve().unlink()
+
+
+# ──────── writing so that nothing is lost ────────
+
+
+def continue_log(path):
+    """The rows of a jsonl log that we are about to append to; [] if it does not exist.
+
+    Drops a last line that was cut off (see cut_log).
+    """
+    cut_log(path)
+    return [row for _, row in json_lines(path)] if Path(path).is_file() else []
+
+
+def cut_log(path, keep=lambda row: True):
+    """Shortens a jsonl log, if it exists, to the rows before the first one that `keep` refuses.
+
+    A last line without a line end is dropped too, with a warning: its process was killed while it
+    wrote, or the disk was full. Shortening needs no space and leaves the other lines as they are.
+    Raises InputError for a line that is not a json object.
+    """
+    path, end = Path(path), 0
+    if not path.is_file():
+        return
+    with open(path, "rb") as lines:
+        for number, line in enumerate(lines, start=1):
+            where = f"{path}:{number}"
+            if not line.endswith(b"\n"):
+                print(f"warning: {where}: the line is cut off and was dropped", file=sys.stderr)
+                break
+            if line.strip() and not keep(json_object(parse_json(line, where, "delete the line"),
+                                                     where)):
+                break
+            end += len(line)
+    if end < path.stat().st_size:
+        os.truncate(path, end)
+
+
+def write_whole(path, text):
+    """Writes a text file beside its place and renames it, so that the old one is never half gone.
+
+    A link is followed.
+    """
+    path = Path(path).resolve()
+    building = path.with_name(f".{path.name}.writing")
+    try:
+        building.write_text(text, encoding="utf-8")
+        building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)
+
+
+# What a disk reports that is full or broken. Other OSErrors are mistakes of ours.
+DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 
 # ──────── held-out accuracy ────────

@@ -12,11 +12,9 @@ import hashlib
 import importlib.util
 import json
 import math
-import os
 import re
 import shutil
 import signal
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -27,12 +25,13 @@ from pathlib import Path
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from checkpoint import (WHOLE_MODEL, add_lora, check_folder, check_policy, load_policy,
-                        remove_states, resume, save_checkpoint, save_policy, save_state,
-                        states_in)
+from checkpoint import (WHOLE_MODEL, add_lora, check_folder, load_policy, resume, save_checkpoint,
+                        save_policy, save_state)
 from config import TrainConfig, vllm_python
-from data import InputError, read_avqa, read_questions
+from data import (InputError, audio_token_count, clip_tokens, raise_bad_rows, read_avqa,
+                  read_questions)
 from distributed import Team, fill, launch, shard
+from metrics import check_output_dir, remove_run
 from model import Policy
 from rewards import CheckerError, check_consistency
 from rollout import check_push, push_weights
@@ -159,64 +158,6 @@ def check_settings(config):
             raise InputError(f"checker: {error}") from error
 
 
-def check_output_dir(config):
-    """Can output_dir be written, and is it free for this run? Raises InputError; leaves no file."""
-    out = Path(config.output_dir)
-    where, checkpoint = f"output_dir {config.output_dir}", out / "checkpoint"
-    try:
-        target = checkpoint.resolve()  # `checkpoint` may link to another disk
-        for folder in (out.resolve(), (out / "state").resolve(), target.parent):
-            existing = next(f for f in (folder, *folder.parents) if f.exists())
-            if not existing.is_dir():
-                raise InputError(f"{where}: {existing} is a file; give a folder")
-            with tempfile.TemporaryFile(dir=existing) as file:
-                file.write(b"whether the disk is full")
-        left = files_of_run(out)
-        foreign = (checkpoint.is_symlink() and target.exists() and
-                   (os.path.ismount(target) or any(target.iterdir())
-                    and not (target / "config.json").is_file()))
-    except OSError as error:
-        raise InputError(f"{where}: cannot be written ({error.strerror}: {error.filename}); give "
-                         "another folder") from error
-    if foreign:
-        raise InputError(f"{where}: checkpoint links to {target}, which the run would replace, but "
-                         "it is a mount point or holds other files; link to a new folder inside")
-    if left and not config.resume and not config.overwrite:
-        raise InputError(f"{where} holds another run ({left[0].relative_to(out)}); --resume true "
-                         "continues it, --overwrite true removes it, or give another folder")
-
-
-# What a run writes into output_dir, beside state/ and the servers' own files.
-WRITTEN = re.compile(r"config\.yaml|(metrics|completions|evaluation)\.jsonl|training\.png"
-                     r"|\.?(checkpoint|adapter)(-[0-9]+)?(\.writing)?")
-
-
-def files_of_run(folder):
-    """→ paths of what an earlier run has written there: its states, then the rest."""
-    found = sorted(folder.iterdir()) if folder.is_dir() else []
-    found = [path for path in found if WRITTEN.fullmatch(path.name)]
-    return [*states_in(folder / "state").values(),
-            *(path for path in found if path.is_file() or path.is_dir() and any(path.iterdir()))]
-
-
-def remove_run(folder):
-    """Removes what an earlier run has written there, and nothing else. Links stay."""
-    remove_states(folder / "state")
-    shutil.rmtree(folder / "weights", ignore_errors=True)
-    for path in files_of_run(folder):
-        if path.is_dir():
-            shutil.rmtree(path.resolve())
-        else:
-            path.resolve().unlink()
-
-
-def rows_digest(questions):
-    """A hash of questions, and of the names and sizes of their clips: the folder may move."""
-    rows = [[q.id, q.question, q.choices, q.answer, q.domain,
-             [[clip.name, clip.stat().st_size] for clip in q.audio]] for q in questions]
-    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
-
-
 def read_inputs(config):
     """→ questions, eval questions, and the policy with whole weights on the CPU."""
     if config.data_format == "avqa":
@@ -228,6 +169,87 @@ def read_inputs(config):
     policy = load_policy(config.model)
     check_policy(policy, [*questions, *eval_questions], config.target_layers)
     return questions, eval_questions, policy
+
+
+def check_policy(policy, questions, target_layers):
+    """Checks the model against the questions before anything is trained or generated.
+
+    L_tgt must exist. No question may contain a control token, and its clips must fit the model;
+    the bad rows are listed together. For the first question the encoder must make as many audio
+    tokens as the prompt has placeholders. Raises InputError.
+    """
+    audio_token_count(100, policy.base.config.model_type)  # do we know the family?
+    control = _control_tokens(policy)
+    raise_bad_rows("the questions", [error for question in questions
+                                     if (error := _misfit(question, policy, control))])
+    for layer in target_layers:
+        if not 0 <= layer < policy.num_layers:
+            raise InputError(f"target_layers: {layer} is out of range; the model has layers 0 to "
+                             f"{policy.num_layers - 1}")
+    if not target_layers or len(set(target_layers)) < len(target_layers):
+        raise InputError(f"target_layers: {list(target_layers)}; give at least one layer, and each "
+                         "only once")
+    question = questions[0]
+    prompt = policy.encode(question)
+    batch = policy.collate([prompt], [[]]).to(policy.device)
+    wanted = sum(audio_token_count(n, policy.base.config.model_type) for n in prompt.frames)
+    reason = ""
+    try:
+        with torch.no_grad():
+            if hasattr(policy.base, "get_audio_features"):
+                features = policy.base.get_audio_features(**batch.audio)
+                made = features.last_hidden_state.shape[-2]
+            else:  # Qwen2-Audio; its forward compares the counts itself
+                policy(batch)
+                made = wanted
+    except torch.OutOfMemoryError:
+        raise
+    except (IndexError, RuntimeError, ValueError) as error:  # from the encoders
+        made, reason = "no", f" ({' '.join(str(error).split())[:200]})"
+    if made != wanted:
+        raise InputError(f"question {question.id}: the audio encoder makes {made} tokens{reason}, "
+                         f"but the prompt has {wanted} placeholders; check n_window and the "
+                         "feature extractor's hop length in the model folder")
+
+
+def _control_tokens(policy):
+    """→ a pattern that finds the texts that the tokenizer turns into control tokens.
+
+    Those are its special tokens, the placeholders, and added tokens such as <think>.
+    """
+    tokenizer = policy.tokenizer
+    texts = {*tokenizer.convert_ids_to_tokens(policy.placeholder_ids),
+             *(token.content for token in tokenizer.added_tokens_decoder.values()
+               if token.special or re.fullmatch("<.+>", token.content))}
+    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
+
+
+def _misfit(question, policy, control):
+    """The InputError of a question that does not fit the model, or None."""
+    where = f"{question.where}: " if question.where else ""
+    where += f"question {question.id}"
+    for name, texts in (("question", [question.question]), ("choices", question.choices)):
+        if found := control.search("\n".join(texts)):
+            return InputError(f"{where}: field {name!r} contains {found[0]}, a control token of "
+                              "the tokenizer; remove it")
+    model_type, tokens = policy.base.config.model_type, 0
+    try:
+        for clip, samples in zip(question.audio, question.samples):
+            tokens += clip_tokens(samples, policy.feature_extractor, model_type, clip)
+    except InputError as error:
+        return InputError(f"{where}: {error}")
+    most = policy.base.config.get_text_config().max_position_embeddings
+    if tokens >= most:
+        return InputError(f"{where}: its clips make {tokens} tokens, but the model takes {most} "
+                          "(max_position_embeddings); cut the clips")
+    return None
+
+
+def rows_digest(questions):
+    """A hash of questions, and of the names and sizes of their clips: the folder may move."""
+    rows = [[q.id, q.question, q.choices, q.answer, q.domain,
+             [[clip.name, clip.stat().st_size] for clip in q.audio]] for q in questions]
+    return hashlib.sha256(json.dumps(rows).encode()).hexdigest()
 
 
 # ──────── models and optimizer ────────

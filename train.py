@@ -32,18 +32,18 @@ from transformers.utils import logging as transformers_logging
 
 from checkpoint import remove_states, save_checkpoint
 from config import read_config
-from data import DISK_FAULTS, InputError
+from data import InputError
 from distributed import join, serve
 from mapo import audio_attention_mass, differential_entropy, group_advantages, mapo_loss
-from metrics import (StepMetrics, batch_metrics, held_out_accuracy, log_step, not_finite, open_log,
-                     timed, warn_if_nothing_is_learnt)
+from metrics import (DISK_FAULTS, StepMetrics, batch_metrics, check_output_dir, held_out_accuracy,
+                     log_step, not_finite, open_log, timed, warn_if_nothing_is_learnt)
 from plots import plot_training
 from pos_gate import load_tagger, pos_gate_batch
 from rewards import (CheckerError, accuracy_reward, check_consistency, format_reward,
                      think_is_prefilled, total_reward)
 from rollout import (GenerationBatch, Sampling, collate, gather_rows, micro_batches, rows_of_step,
                      sample)
-from run import after_step, check_output_dir, open_run, update_server
+from run import after_step, open_run, update_server
 from server import RolloutError
 
 

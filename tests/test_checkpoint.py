@@ -20,6 +20,7 @@ import checkpoint
 import mapo
 from data import InputError
 from pos_gate import pos_gate
+from run import check_policy
 
 FAMILIES = ("qwen3_omni", "qwen2_5_omni", "qwen2_audio")
 COMPLETIONS = [[5, 6, 7], [8], [9, 10]]  # of the three questions
@@ -102,7 +103,7 @@ def copied(saved, tmp_path):
     ((0, 3), "3 is out of range; the model has layers 0 to 2"), ((-1,), "-1 is out of range"),
     ((), "at least one layer"), ((1, 1), "each only once")])
 def test_target_layers_are_checked(one_tiny, layers, message):
-    assert message in error_of(checkpoint.check_policy, *one_tiny, layers)
+    assert message in error_of(check_policy, *one_tiny, layers)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -110,7 +111,7 @@ def test_every_family_passes_the_check(kind, tmp_path):
     """With a question about one clip, and with one about two."""
     policy = getattr(tiny, kind)()
     for question in tiny.questions(tmp_path):
-        checkpoint.check_policy(policy, [question], (0, 2))
+        check_policy(policy, [question], (0, 2))
 
 
 @pytest.mark.parametrize("field", ["question", "choices"])
@@ -121,14 +122,14 @@ def test_a_control_token_in_a_question_is_refused(one_tiny, token, field):
     text = f"What is {token}?"
     wrong = dataclasses.replace(others[0], where="rows.jsonl:7",
                                 **{field: text if field == "question" else (text, "b")})
-    message = error_of(checkpoint.check_policy, policy, [first, wrong], (0,))
+    message = error_of(check_policy, policy, [first, wrong], (0,))
     assert message.startswith(f"rows.jsonl:7: question q1: field '{field}' contains {token}, ")
 
 
 def test_texts_that_only_look_like_control_tokens_are_fine(one_tiny):
     policy, (first, *_) = one_tiny
     harmless = dataclasses.replace(first, question="Is 1 < 2 > 0, <b>think</b> or im_end?")
-    checkpoint.check_policy(policy, [harmless], (0,))
+    check_policy(policy, [harmless], (0,))
 
 
 def test_clips_that_do_not_fit_the_model_are_listed(tmp_path):
@@ -138,7 +139,7 @@ def test_clips_that_do_not_fit_the_model_are_listed(tmp_path):
     wrong = [dataclasses.replace(good, id=f"w{line}", where=f"a.jsonl:{line}", samples=(samples,))
              for line, samples in ((3, 960), (4, 961), (5, 480_000), (6, 480_001))]
     with pytest.raises(InputError) as error:
-        checkpoint.check_policy(policy, [good, *wrong], (0,))
+        check_policy(policy, [good, *wrong], (0,))
     too_short, too_long = str(error.value).split("\n")
     assert too_short.startswith(f"a.jsonl:3: question w3: {good.audio[0]}: 0.060 s is too short")
     assert too_long.startswith(f"a.jsonl:6: question w6: {good.audio[0]}: 30.0 s, but Qwen2-Aud")
@@ -149,9 +150,9 @@ def test_clips_that_fill_the_models_context_are_refused(one_tiny):
     policy, (question, *_) = one_tiny
     policy.base.config.get_text_config().max_position_embeddings = 2080
     fits = dataclasses.replace(question, audio=question.audio * 2, samples=(1_000_000, 1_000_000))
-    checkpoint.check_policy(policy, [question, fits], (0,))
+    check_policy(policy, [question, fits], (0,))
     long = dataclasses.replace(fits, where="rows.jsonl:2", samples=(1_280_000, 1_280_000))
-    message = error_of(checkpoint.check_policy, policy, [question, fits, long], (0,))
+    message = error_of(check_policy, policy, [question, fits, long], (0,))
     assert message.startswith("rows.jsonl:2: question q0: its clips make 2080 tokens, but the "
                               "model takes 2080 (max_position_embeddings)")
 
@@ -164,7 +165,7 @@ def test_an_encoder_with_another_window_is_refused(one_tiny, tmp_path, window, p
     policy, _ = one_tiny
     question = tiny.questions(tmp_path, seconds=((0.3, 2.5),), seed=9)[0]
     policy.base.model.audio_tower.n_window = window
-    message = error_of(checkpoint.check_policy, policy, [question], (0,))
+    message = error_of(check_policy, policy, [question], (0,))
     assert all(part in message for part in ["question q0", "n_window", *parts])
 
 
@@ -526,7 +527,7 @@ def test_peft_loads_the_adapter_of_a_model_without_a_thinker(tmp_path):
     train_adapters(policy)
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "old").touch()
-    checkpoint.save_adapter(policy, tmp_path / "adapter")
+    checkpoint.save_checkpoint(policy, tmp_path / "checkpoint", ALONE)
     assert not (tmp_path / "adapter" / "old").exists()
     model = peft.AutoPeftModel.from_pretrained(tmp_path / "adapter").get_base_model()
     loaded = checkpoint.make_policy(model, policy.tokenizer, policy.feature_extractor)

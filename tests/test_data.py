@@ -10,8 +10,9 @@ import pytest
 import soundfile
 from transformers import WhisperFeatureExtractor
 
-from data import (LOUDEST, InputError, Question, cache_file, check_clips, continue_log,
-                  conversation, json_lines, load_audio, log_mel, read_avqa, read_questions)
+from data import (LOUDEST, InputError, Question, cache_file, check_clips, conversation,
+                  json_lines, load_audio, log_mel, read_avqa, read_questions)
+from metrics import continue_log
 
 ROW = {"id": "q1", "audio": "clips/a.wav", "question": "What barks?",
        "choices": ["a dog", "a seal"], "answer": "a dog"}
