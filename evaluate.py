@@ -287,7 +287,8 @@ def fingerprints(questions):
             except (soundfile.SoundFileError, OSError, TypeError, ValueError) as error:
                 print(f"{question.id}: {path} is unreadable and was not compared: {error}")
                 continue
-            samples = np.round(samples * 2**15).clip(-2**15, 2**15 - 1).astype("<i2")
+            samples = np.nan_to_num(samples).clip(-1, 1)
+            samples = np.round(samples * 2**15).clip(max=2**15 - 1).astype("<i2")
             content = f"{rate} {samples.shape}".encode() + samples.tobytes()
             found["audio samples"].add(hashlib.sha256(content).hexdigest())
     return found

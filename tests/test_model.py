@@ -218,8 +218,7 @@ class Case:
 
 CASES = {"padded": Case("padded", 1.2),
          "padded, checkpointing, blocks": Case("padded", 1.0, True, 83, 3),
-         "one row, checkpointing": Case("one", 1.0, True),
-         "one row, blocks": Case("one", 1.2, False, 50, 4),
+         "one row, checkpointing, blocks": Case("one", 1.2, True, 50, 4),
          "equal rows, smallest blocks": Case("even", 1.2, False, 1, 1)}
 
 

@@ -108,7 +108,7 @@ CONFIGURATIONS = {
     "lora": ["--eta", "0.5", "--lora_rank", "2", "--lora_alpha", "8",
              "--gradient_checkpointing", "true"]}
 # 8 completions per step; 16 for "mask".
-RANKS = {2: list(CONFIGURATIONS), 3: ["mask", "mapo"], 4: list(CONFIGURATIONS)}
+RANKS = {2: ["mapo", "lora"], 3: ["grpo", "mask"], 4: list(CONFIGURATIONS)}
 EXPORT = ["--export_every", "2", "--save_every", "0"]
 
 
@@ -782,7 +782,7 @@ def test_plan_divides_what_is_sharded(big, more):
     assert longer["activations"] > few["activations"]
 
 
-@pytest.mark.parametrize("name", ["grpo", "mapo", "lora"])
+@pytest.mark.parametrize("name", ["mapo", "lora"])
 def test_plan_is_what_two_ranks_hold(world, runs, name):
     """The sharded lines for two GPUs are what each of two ranks held after a step, within 2 %.
 

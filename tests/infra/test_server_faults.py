@@ -39,8 +39,8 @@ def stop(server):
     os.kill(server.process.pid, signal.SIGSTOP)
 
 
-@pytest.mark.parametrize("fault", [end_by_itself, hang,
-                                   pytest.param(stop, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("fault", [
+    hang, *(pytest.param(fault, marks=pytest.mark.slow) for fault in (end_by_itself, stop))])
 def test_death_in_the_middle_of_a_batch(world, victim, tmp_path, monkeypatch, fault):
     """After the third group, the server ends, hangs, or is stopped.
 
