@@ -152,7 +152,7 @@ def _item(name, raw, audio_root, where):
                                  if raw.get(column) == raw[columns["answer"]])
     task_identifier, kwargs = "", {}
     if kind == "instruction following":
-        task_identifier, kwargs = text_field(row, "task_identifier", where), raw.get("kwargs") or {}
+        task_identifier, kwargs = text_field(row, "task_identifier", where), row.get("kwargs") or {}
         if not isinstance(kwargs, dict):
             raise InputError(f"{where}: field 'kwargs' is {kwargs!r}; give an object, or null")
         for key in _ARGUMENTS:

@@ -14,7 +14,6 @@ import dataclasses
 import errno
 import json
 import os
-import pickle
 import re
 import shutil
 import sys
@@ -386,10 +385,11 @@ def newest_state(folder, team):
     return team.broadcast(newest)
 
 
-def states_in(folder):
+def states_in(folder, name="step"):
     """{step: folder} of the states that a run keeps there. Other names are not its own."""
-    found = {path: re.fullmatch("step-([0-9]+)", path.name) for path in folder.glob("step-*")}
-    return {int(match[1]): path for path, match in found.items() if match and path.is_dir()}
+    found = {path: re.fullmatch(f"{name}-([0-9]+)", path.name) for path in folder.glob(f"{name}-*")}
+    return {int(match[1]): path for path, match in found.items()
+            if match and path.is_dir() and not path.is_symlink()}
 
 
 def is_whole(state):
@@ -399,14 +399,14 @@ def is_whole(state):
         return (all((state / part.relative_path).stat().st_size >= part.offset + part.length
                     for part in parts)
                 and all(zipfile.is_zipfile(state / name) for name in ("run.pt", "rng-0.pt")))
-    except (OSError, EOFError, pickle.UnpicklingError):
+    except Exception:  # of broken bytes, pickle makes an error of any class
         return False
 
 
-def remove_states(folder):
-    """Deletes the states of a run, and their folder if nothing else is in it."""
-    for state in (*states_in(folder).values(), *folder.glob(".step-*.writing")):
-        shutil.rmtree(state)
+def remove_numbered(folder, name):
+    """Deletes the folders <name>-<digits> of a run, and `folder` if nothing else is in it."""
+    for part in (*states_in(folder, name).values(), *folder.glob(f".{name}-*.writing")):
+        shutil.rmtree(part)
     if folder.is_dir() and not folder.is_symlink() and not any(folder.iterdir()):
         folder.rmdir()
 

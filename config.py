@@ -141,7 +141,7 @@ class TrainConfig(MapoConfig):
         0, "optimizer steps between checkpoints; 0 writes only the last one (ours)")
     resume: bool = described(False, "continue from the newest state in output_dir (ours)")
     overwrite: bool = described(
-        False, "remove the run that output_dir holds before the first step; without it, and "
+        False, "before the first step, remove the run in output_dir; without it, and "
         "without resume, such a folder is refused (ours)")
     report_to: str = described(
         "none", "`tensorboard` or `wandb` through accelerate's trackers, or `none` (ours)")
@@ -190,11 +190,12 @@ class TrainConfig(MapoConfig):
         return math.ceil(self.max_steps / self.steps_per_generation)
 
 
-# Fields that a resumed run may change: where and how it runs, not what it computes.
-MAY_CHANGE = {"output_dir", "resume", "overwrite", "report_to", "micro_batch_size",
-              "gradient_checkpointing", "save_every", "export_every", "rollout_nodes",
-              "offload_reference", "rollout", "vllm_python", "vllm_url", "vllm_flags",
-              "checker_flags", "check_push_every", "max_push_gap"}
+# Fields that a resumed run may change: where and how it runs, not what it computes. The rows behind
+# `data` and `eval_data` must be the same, see checkpoint.resume.
+MAY_CHANGE = {"data", "eval_data", "audio_root", "output_dir", "resume", "overwrite", "report_to",
+              "micro_batch_size", "gradient_checkpointing", "save_every", "export_every",
+              "rollout_nodes", "offload_reference", "rollout", "vllm_python", "vllm_url",
+              "vllm_flags", "checker_flags", "check_push_every", "max_push_gap"}
 
 
 def vllm_python(config):
@@ -250,6 +251,6 @@ def read_recipe(path):
         if value is None:
             raise InputError(f"{path}: field {key!r} has no value; give one or remove the line")
         if not isinstance(value, allowed[key]) or re.search("[\ud800-\udfff]", str(value)):
-            raise InputError(f"{path}: field {key!r} is {value!r}; give a number or a text in "
-                             "quotes, or a list where the field takes one")
+            raise InputError(f"{path}: field {key!r} is {value!r}; give a number or a text of "
+                             "whole characters in quotes, or a list where the field takes one")
     return recipe

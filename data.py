@@ -70,22 +70,23 @@ def conversation(question, with_audio=True, instruction=""):
 # ──────── questions to train on ────────
 
 
-def read_questions(path):
+def read_questions(path, decode=True):
     """Reads and checks our jsonl → list[Question].
 
-    Decodes every clip (see check_clips). Raises one InputError that lists the bad rows.
+    Decodes every clip (see check_clips) unless `decode` is false. Raises one InputError that lists
+    the bad rows.
     """
-    return _read(Path(path), Path(path).parent, lambda row, where: row)
+    return _read(Path(path), Path(path).parent, lambda row, where: row, decode)
 
 
-def read_avqa(path, audio_root=None):
+def read_avqa(path, audio_root=None, decode=True):
     """AVQA rows as R1-AQA writes them, one json object per line → list[Question].
 
     Fields: id, question_text, multi_choice (the options), answer (an index from 0), question_type,
     and audio_path (relative to audio_root, by default the file's folder). The questions were asked
     about videos, so "video" becomes "audio". Raises InputError.
     """
-    return _read(Path(path), Path(audio_root or Path(path).parent), _row_of_avqa)
+    return _read(Path(path), Path(audio_root or Path(path).parent), _row_of_avqa, decode)
 
 
 def _row_of_avqa(row, where):
@@ -104,7 +105,7 @@ def _row_of_avqa(row, where):
             "domain": row.get("question_type")}
 
 
-def _read(path, audio_root, to_row):
+def _read(path, audio_root, to_row, decode):
     questions, line_of, errors = [], {}, []
     for number, row in json_lines(path, errors):
         where = f"{path}:{number}"
@@ -120,6 +121,9 @@ def _read(path, audio_root, to_row):
         questions.append(question)
     if not questions and not errors:
         raise InputError(f"{path}: no questions in this file; write one json object per line")
+    if not decode:
+        raise_bad_rows(path, errors)
+        return questions
     samples_of = check_clips(
         list(dict.fromkeys(clip for q in questions for clip in q.audio)), cache_file(path))
     for q in questions:
@@ -201,6 +205,20 @@ def json_lines(path, errors=None):
                 errors.append(error)
                 continue
             yield number, row
+
+
+def write_whole(path, text):
+    """Writes a text file beside its place and renames it. A link is followed.
+
+    So the old file stays whole until the new one is.
+    """
+    path = Path(path).resolve()
+    building = path.with_name(f".{path.name}.writing")
+    try:
+        building.write_text(text, encoding="utf-8")
+        building.replace(path)
+    finally:
+        building.unlink(missing_ok=True)
 
 
 def parse_json(data, where, fix):
@@ -332,9 +350,7 @@ def _write_cache(cache, good):
         if cache is None:
             raise OSError("set HOME or XDG_CACHE_HOME")
         cache.parent.mkdir(parents=True, exist_ok=True)
-        building = cache.with_name(f".{cache.name}.{os.getpid()}")
-        building.write_text(json.dumps(good))
-        building.replace(cache)
+        write_whole(cache, json.dumps(good))
     except OSError as error:
         print("warning: the next start decodes all clips again, because the cache of the check "
               f"cannot be written ({error})", file=sys.stderr)

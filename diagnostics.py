@@ -27,10 +27,11 @@ from transformers.masking_utils import sdpa_mask
 import plots
 from benchmarks import question_of, read_benchmark
 from checkpoint import load_policy
-from data import SAMPLE_RATE, InputError, audio_token_count, json_lines, load_audio, read_questions
+from data import (SAMPLE_RATE, InputError, audio_token_count, json_lines, load_audio, parse_json,
+                  read_questions, write_whole)
 from mapo import (MapoConfig, audio_attention_mass, differential_entropy, inverse_relevance_weight,
                   relevance_mask)
-from metrics import continue_log, write_whole
+from metrics import continue_log
 from model import allowed_keys, attention_weights, mass_rows, positions
 from pos_gate import POS_TARGETS, load_tagger, pos_gate_batch, token_tags
 from rewards import accuracy_reward
@@ -73,7 +74,7 @@ def trace(policy, reference, prompts, completions, temperature, layers, config=M
 
 def trace_command(options):
     """Writes trace.jsonl, one row per model and question, and a picture per question."""
-    questions = questions_of(options)
+    questions = questions_of(options, decode=False)  # only the first ones are heard
     given = read_completions(options.completions, questions) if options.completions else None
     questions = [q for q in questions if given is None or q.id in given]
     if not questions:
@@ -178,8 +179,8 @@ def acs_command(options):
     continues where it stopped.
     """
     questions, out, policy = questions_of(options), Path(options.out), None
-    claim(out, options, "acs.jsonl", ("model", "data", "benchmark", "target_layers",
-                                      "max_new_tokens", "instruction", "format_style", "dtype"))
+    claim(out, options, ("model", "data", "benchmark", "target_layers",
+                         "max_new_tokens", "instruction", "format_style", "dtype"))
     rows = continue_log(out / "acs.jsonl")
     done = {(row["model"], row["id"]) for row in rows}
     with open(out / "acs.jsonl", "a", encoding="utf-8") as file:
@@ -400,10 +401,10 @@ def target_layers(policy, options):
     return options.target_layers or list(range(max(0, policy.num_layers - 5), policy.num_layers))
 
 
-def questions_of(options):
+def questions_of(options, decode=True):
     """The first questions of --data: our jsonl, or with --benchmark its closed questions."""
     if not options.benchmark:
-        return read_questions(options.data)[:options.limit]
+        return read_questions(options.data, decode)[:options.limit]
     items = read_benchmark(options.benchmark, options.data, options.audio_root)
     closed = [item for item in items if item.kind == "closed"][:options.limit]
     return [question_of(item) for item in closed]
@@ -424,27 +425,26 @@ def greedy(policy, prompts, options):
     return sample(policy, prompts, 1, greedy, seed=0)
 
 
-def claim(out, options, file, names):
-    """Makes the folder `out` and records the settings that its `file` is made with → the settings.
+def claim(out, options, names):
+    """Makes the folder `out` and records the settings of an evaluation there → the settings.
 
-    names: the options that count. The content of --data and the sizes and times of the weights
-    count too. Raises InputError if `out` holds rows that were made with other settings, because
-    those of two evaluations must not mix.
+    names: the options that count, beside the content of --data and the weights' sizes and times.
+    Raises InputError if `out` holds rows that were made with other settings.
     """
     settings = {name: getattr(options, name) for name in names}
     with open(options.data, "rb") as data:
-        settings["sha256 of data"] = hashlib.file_digest(data, "sha256").hexdigest()
+        settings["content of --data"] = hashlib.file_digest(data, "sha256").hexdigest()
     folders = options.model if isinstance(options.model, dict) else {"": options.model}
-    settings["weights"] = [[path.name, path.stat().st_size, path.stat().st_mtime_ns]
-                           for folder in folders.values()
-                           for path in sorted(Path(folder).glob("*.safetensors"))]
+    files = sorted(f for folder in folders.values() for f in Path(folder).glob("*.safetensors"))
+    status = [(f.name, f.stat()) for f in files]
+    settings["weights of --model"] = [[n, s.st_size, s.st_mtime_ns] for n, s in status]
     known = out / "settings.json"
-    before = json.loads(known.read_text(encoding="utf-8")) if known.is_file() else {}
-    made = [out / log for log in ("completions.jsonl", "acs.jsonl") if (out / log).is_file()]
-    other = [name for name in {**before, **settings} if before.get(name) != settings.get(name)]
+    before = parse_json(known.read_bytes(), known, "delete it") if known.is_file() else {}
+    made = [path for path in (out / "completions.jsonl", out / "acs.jsonl")
+            if path.is_file() and path.stat().st_size]
+    other = ", ".join(n for n in before | settings if before.get(n) != settings.get(n))
     if other and made:
-        raise InputError(f"{made[0]}: made by another evaluation (other {', '.join(other)}); give "
-                         "another --out")
+        raise InputError(f"{made[0]}: made with other settings ({other}); give another --out")
     out.resolve().mkdir(parents=True, exist_ok=True)
     write_whole(known, json.dumps(settings, indent=1, ensure_ascii=False))
     return settings

@@ -34,9 +34,9 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks import BENCHMARKS, question_of, read_benchmark, read_predictions
 from checkpoint import load_policy
-from data import InputError, read_avqa, read_questions
+from data import InputError, read_avqa, read_questions, write_whole
 from diagnostics import acs_command, batches, claim, load, pos_command, trace_command
-from metrics import DISK_FAULTS, continue_log, write_whole
+from metrics import DISK_FAULTS, check_writable, continue_log
 from plots import draw_curves
 from rewards import extract_answer
 from rollout import Sampling, sample
@@ -56,7 +56,7 @@ def benchmark(options):
     items = read_benchmark(options.command, options.data, options.audio_root)
     judge, embed = open_judge(options), open_embedder(options)
     out = Path(options.out)
-    settings = claim(out, options, "completions.jsonl", (
+    settings = claim(out, options, (
         "command", "model", "data", "engine", "temperature", "seed", "max_new_tokens",
         "instruction", "dtype"))
     rows, unreadable = generate(items, out / "completions.jsonl", options)
@@ -261,8 +261,8 @@ def contamination_command(options):
     Samples are compared by a hash of their 16-bit values, so the wav and the flac of one recording
     are the same.
     """
-    train = (read_questions(options.train) if options.train_format == "jsonl"
-             else read_avqa(options.train, options.train_audio_root))
+    train = (read_questions(options.train, decode=False) if options.train_format == "jsonl"
+             else read_avqa(options.train, options.train_audio_root, decode=False))
     items = read_benchmark(options.benchmark, options.data, options.audio_root)
     ours, theirs = fingerprints(train), fingerprints(items)
     shared = {kind: sorted(ours[kind] & theirs[kind]) for kind in ours}
@@ -413,6 +413,8 @@ def main(arguments):
     transformers_logging.set_verbosity_error()  # its reports on a broken checkpoint are very long
     options = read_options(arguments)
     try:
+        if options.out:
+            check_writable(Path(options.out), f"--out {options.out}")
         options.run_command(options)
     except (InputError, LookupError) as error:
         if type(error) not in (InputError, LookupError):  # a KeyError is a bug of ours
@@ -425,8 +427,8 @@ def main(arguments):
     except OSError as error:
         if error.errno not in DISK_FAULTS:
             raise
-        print(f"error: {options.out}: {error.strerror}; free some space. What was written is kept, "
-              "and the same command continues from there", file=sys.stderr)
+        print(f"error: {error.filename or options.out}: {error.strerror}; free some space, or "
+              "check the disk. What was written is kept", file=sys.stderr)
         return 1
     return 0
 

@@ -22,8 +22,8 @@ import torch
 import yaml
 from tqdm import tqdm
 
-from checkpoint import remove_states, states_in
-from data import InputError, json_lines, json_object, parse_json
+from checkpoint import remove_numbered, states_in
+from data import InputError, json_lines, parse_json, write_whole
 from rewards import accuracy_reward, format_reward, think_is_prefilled
 from rollout import Sampling, push_weights, sample
 
@@ -189,9 +189,9 @@ def log_step(step, metrics, per_token, batch, run, log, bar):
 def warn_if_nothing_is_learnt(batch, iteration, run):
     """Prints a warning with one completion, on rank 0, when the run cannot learn.  (ours)
 
-    It cannot when no completion of the run's first generation batch earns the format reward, or
-    when all advantages of FLAT_BATCHES generation batches in a row are 0. A resumed run counts
-    them from 0.
+    That is so when no completion of the run's first generation batch earns the format reward, or
+    when all advantages of FLAT_BATCHES generation batches in a row are 0. After a
+    resume the count starts at 0.
     """
     config, rewards = run.config, batch.rewards
     run.flat_batches = run.flat_batches + 1 if (batch.advantages.abs() < 1e-6).all() else 0
@@ -231,7 +231,7 @@ def not_finite(what, batch, rows):
 def open_log(config, team, done=0):
     """Opens the files in output_dir → log(file name, record), which appends a line of json.
 
-    Writes config.yaml as well, which never asks to overwrite. Lines after step `done` are dropped:
+    Writes config.yaml as well, always with `overwrite: false`. Lines after step `done` are dropped:
     a resumed run will repeat them. Metrics also go to accelerate's tracker if report_to asks for
     one. Ranks other than 0 write nothing.
     """
@@ -271,29 +271,42 @@ def open_log(config, team, done=0):
 
 def check_output_dir(config):
     """Can output_dir be written, and is it free for this run? Raises InputError; leaves no file."""
-    out = Path(config.output_dir)
-    where, checkpoint = f"output_dir {config.output_dir}", out / "checkpoint"
-    try:
-        target = checkpoint.resolve()  # `checkpoint` may link to another disk
-        for folder in (out.resolve(), (out / "state").resolve(), target.parent):
-            existing = next(f for f in (folder, *folder.parents) if f.exists())
-            if not existing.is_dir():
-                raise InputError(f"{where}: {existing} is a file; give a folder")
-            with tempfile.TemporaryFile(dir=existing) as file:
-                file.write(b"whether the disk is full")
-        left = files_of_run(out)
-        foreign = (checkpoint.is_symlink() and target.exists() and
-                   (os.path.ismount(target) or any(target.iterdir())
-                    and not (target / "config.json").is_file()))
-    except OSError as error:
-        raise InputError(f"{where}: cannot be written ({error.strerror}: {error.filename}); give "
-                         "another folder") from error
-    if foreign:
-        raise InputError(f"{where}: checkpoint links to {target}, which the run would replace, but "
-                         "it is a mount point or holds other files; link to a new folder inside")
+    out, where = Path(config.output_dir), f"output_dir {config.output_dir}"
+    # `state` and `checkpoint` may link to another disk, where the checkpoint is renamed.
+    for folder in (out, out / "state", Path(os.path.realpath(out / "checkpoint")).parent):
+        check_writable(folder, where)
+    left = files_of_run(out)
+    links = [path for path in (out.iterdir() if out.is_dir() else ())
+             if path.is_symlink() and path.is_dir() and WRITTEN.fullmatch(path.name)]
+    for link in links:
+        target = link.resolve()
+        ours = not any(target.iterdir()) or any(
+            (target / name).is_file() for name in ("config.json", "adapter_config.json"))
+        if os.path.ismount(target) or not ours:
+            raise InputError(f"{where}: {link.name} links to {target}, which the run would "
+                             "replace, but it is a mount point or holds other files; link to a "
+                             "new folder inside")
+    replaced = {path.resolve() for path in (out, out / "checkpoint", out / "adapter", *left)}
+    for name in ("model", "checker"):
+        source = Path(getattr(config, name)).resolve()
+        if source.is_dir() and replaced & {source, *source.parents}:
+            raise InputError(f"{where} holds the {name} that this run needs; give another folder")
     if left and not config.resume and not config.overwrite:
         raise InputError(f"{where} holds another run ({left[0].relative_to(out)}); --resume true "
                          "continues it, --overwrite true removes it, or give another folder")
+
+
+def check_writable(folder, where):
+    """Raises InputError unless `folder`, or the folder that it will be made in, can be written."""
+    try:
+        folder = folder.resolve()
+        existing = next(f for f in (folder, *folder.parents) if f.exists())
+        if not existing.is_dir():
+            raise InputError(f"{where}: {existing} is a file; give a folder")
+        with tempfile.TemporaryFile(dir=existing) as file:
+            file.write(b"whether the disk is full")
+    except (OSError, RuntimeError) as error:  # RuntimeError: a link that leads to itself
+        raise InputError(f"{where}: cannot be written ({error}); give another folder") from error
 
 
 # What a run writes into output_dir, beside state/ and the servers' own files.
@@ -311,8 +324,8 @@ def files_of_run(folder):
 
 def remove_run(folder):
     """Removes what an earlier run has written there, and nothing else. Links stay."""
-    remove_states(folder / "state")
-    shutil.rmtree(folder / "weights", ignore_errors=True)
+    remove_numbered(folder / "state", "step")
+    remove_numbered(folder / "weights", "version")
     for path in files_of_run(folder):
         if path.is_dir():
             shutil.rmtree(path.resolve())
@@ -348,26 +361,16 @@ def cut_log(path, keep=lambda row: True):
             if not line.endswith(b"\n"):
                 print(f"warning: {where}: the line is cut off and was dropped", file=sys.stderr)
                 break
-            if line.strip() and not keep(json_object(parse_json(line, where, "delete the line"),
-                                                     where)):
-                break
+            if line.strip():
+                row = parse_json(line, where, "delete the line")
+                if not isinstance(row, dict):
+                    raise InputError(f"{where}: a {type(row).__name__}, not a json object; delete "
+                                     "the line")
+                if not keep(row):
+                    break
             end += len(line)
     if end < path.stat().st_size:
         os.truncate(path, end)
-
-
-def write_whole(path, text):
-    """Writes a text file beside its place and renames it, so that the old one is never half gone.
-
-    A link is followed.
-    """
-    path = Path(path).resolve()
-    building = path.with_name(f".{path.name}.writing")
-    try:
-        building.write_text(text, encoding="utf-8")
-        building.replace(path)
-    finally:
-        building.unlink(missing_ok=True)
 
 
 # What a disk reports that is full or broken. Other OSErrors are mistakes of ours.

@@ -84,14 +84,16 @@ def chosen_option(predicted, options):
         inner = _LEAD.fullmatch(predicted) or _LATEX.fullmatch(predicted)
         if not inner:
             return None
-        predicted = inner[1]
+        predicted = inner[1].strip()
 
 
 # "Answer: …", "The correct answer is …", "**Option** …": with or without a colon
-_LEAD = re.compile(r"\W*(?:(?:the|my)\s+)?(?:(?:final|correct|right|best)\s+)?"
-                   r"(?:answer|option|choice)(?:\s+is)?\b[\s*_]*[:：=]?[\s*_]*(\S.*)", re.I | re.S)
-_LATEX = re.compile(r"[\s$*\[(\\]*\\(?:boxed|text|textbf|mathrm)\s*\{(.*)\}[\s$*\])\\.]*", re.S)
-_LABELLED = re.compile(r"([A-ZＡ-Ｚ])(?:[).:\]*_）．：］]+\s*|\s+[-–—]\s+)(\S.*)", re.I | re.S)
+_LEAD = re.compile(r"[\W_]*(?:(?:the|my)\s+)?(?:(?:final|correct|right|best)\s+)?"
+                   r"(?:answer|option|choice)(?:\s+is)?(?![^\W_])[\s*_]*[:：=]?[\s*_]*(\S.*)",
+                   re.I | re.S)
+_LATEX = re.compile(r"[\s$*\[(\\]*\\(?:boxed|text|textbf|mathbf|mathrm)\s*\{(.*)\}"
+                    r"[\s$*\])\\.]*", re.S)
+_LABELLED = re.compile(r"([A-ZＡ-Ｚ])(?:[).:\]*_）．：］、]+\s*|\s+[-–—]\s+)(\S.*)", re.I | re.S)
 
 
 def _option_of_letter(text, options):
@@ -134,16 +136,19 @@ def _option_of_text(text, options):
 
 # Marks around an answer that do not change its meaning: quotes, brackets, Markdown, and at the end
 # those of a sentence. Not among them: the # of C#, the sign of −3 dB, %, $.
-_AROUND = "\"'`“”‘’«»「」()[]{}（）［］｛｝＂＇*_ "
-_AT_END = _AROUND + ".,;:!?。、"
-# Typographic apostrophes, quotes and dashes → plain ones; NFKC unifies the full-width forms.
+_AROUND = "\"'`“”‘’«»「」『』【】《》〈〉()[]{}（）［］｛｝＂＇*_ "
+_AT_END = _AROUND + ".,;:!?。、…"
+# Typographic apostrophes, quotes and dashes → plain ones.
 _PLAIN = str.maketrans("‘’‚‛ʼ′“”„‟″«»‐‒–—―−", "'" * 6 + '"' * 7 + "-" * 6)
 
 
 def _normalise(text, fold_case=True, strip_marks=True):
-    text = unicodedata.normalize("NFKC", text).translate(_PLAIN)
+    # Full-width forms become plain. NFKC of the whole text would also turn 10² into 102.
+    text = "".join(
+        unicodedata.normalize("NFKC", c) if unicodedata.east_asian_width(c) in "FH" else c
+        for c in unicodedata.normalize("NFC", text)).translate(_PLAIN)
     if fold_case:
-        text = unicodedata.normalize("NFKC", text.casefold())
+        text = unicodedata.normalize("NFC", text.casefold())
     text = " ".join(text.split())
     stripped = text.lstrip(_AROUND).rstrip(_AT_END) if strip_marks else ""
     return stripped or text  # an option "?" is not stripped to nothing

@@ -13,7 +13,6 @@ import importlib.util
 import json
 import math
 import re
-import shutil
 import signal
 import threading
 import time
@@ -25,8 +24,8 @@ from pathlib import Path
 import torch
 from transformers import get_cosine_schedule_with_warmup
 
-from checkpoint import (WHOLE_MODEL, add_lora, check_folder, load_policy, resume, save_checkpoint,
-                        save_policy, save_state)
+from checkpoint import (WHOLE_MODEL, add_lora, check_folder, load_policy, remove_numbered, resume,
+                        save_checkpoint, save_policy, save_state)
 from config import TrainConfig, vllm_python
 from data import (InputError, audio_token_count, clip_tokens, raise_bad_rows, read_avqa,
                   read_questions)
@@ -144,10 +143,6 @@ def check_settings(config):
     if config.report_to != "none" and importlib.util.find_spec(config.report_to) is None:
         raise InputError(f"report_to is {config.report_to}, which is not installed: pip install "
                          f"{config.report_to}")
-    if Path(config.output_dir).resolve() in (Path(config.model).resolve(),
-                                             *Path(config.model).resolve().parents):
-        raise InputError(f"output_dir {config.output_dir} holds the model that this run starts "
-                         "from; give another folder")
     check_output_dir(config)
     if uses_checker and is_url:
         probe = {"think": "<think>2 is even.</think>even",
@@ -218,7 +213,7 @@ def _control_tokens(policy):
     Those are its special tokens, the placeholders, and added tokens such as <think>.
     """
     tokenizer = policy.tokenizer
-    texts = {*tokenizer.convert_ids_to_tokens(policy.placeholder_ids),
+    texts = {*filter(None, tokenizer.convert_ids_to_tokens(policy.placeholder_ids)),
              *(token.content for token in tokenizer.added_tokens_decoder.values()
                if token.special or re.fullmatch("<.+>", token.content))}
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
@@ -328,7 +323,7 @@ def open_servers(config, policy, questions, team):
             return
         folder.mkdir(parents=True, exist_ok=True)  # for the servers' logs
         if config.rollout == "vllm":  # remove the pushed weights at the end
-            stack.callback(shutil.rmtree, folder / "weights", ignore_errors=True)
+            stack.callback(remove_numbered, folder / "weights", "version")
         if config.rollout == "vllm" and config.vllm_url:
             server = stack.enter_context(Server(served, url=config.vllm_url))
         elif config.rollout == "vllm":

@@ -30,7 +30,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 from transformers.utils import logging as transformers_logging
 
-from checkpoint import remove_states, save_checkpoint
+from checkpoint import remove_numbered, save_checkpoint
 from config import read_config
 from data import InputError
 from distributed import join, serve
@@ -71,7 +71,7 @@ def train(config):
         save_checkpoint(run.policy, folder / "checkpoint", team)
         if team.leads:
             plot_training(folder)
-            remove_states(folder / "state")  # nothing left to resume
+            remove_numbered(folder / "state", "step")  # nothing left to resume
             print(f"{folder}: training.png, metrics.jsonl, completions.jsonl, checkpoint/")
 
 
@@ -318,8 +318,9 @@ def main(arguments):
     except OSError as error:
         if error.errno not in DISK_FAULTS:
             raise
-        print(f"error: {config.output_dir}: {error.strerror}; free some space. What was saved is "
-              "kept, and --resume true continues from the last state", file=sys.stderr)
+        print(f"error: {error.filename or config.output_dir}: {error.strerror}; free some space "
+              "or check the disk. What was saved is kept, and --resume true continues from the "
+              "last state", file=sys.stderr)
         return 1
     return 0
 

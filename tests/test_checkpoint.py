@@ -126,6 +126,13 @@ def test_a_control_token_in_a_question_is_refused(one_tiny, token, field):
     assert message.startswith(f"rows.jsonl:7: question q1: field '{field}' contains {token}, ")
 
 
+def test_a_placeholder_that_the_tokenizer_does_not_have(one_tiny):
+    """The config of a whole Omni model also names tokens of pictures."""
+    policy, questions = one_tiny
+    policy.placeholder_ids = [*policy.placeholder_ids, len(policy.tokenizer) + 7]
+    check_policy(policy, questions, (0,))
+
+
 def test_texts_that_only_look_like_control_tokens_are_fine(one_tiny):
     policy, (first, *_) = one_tiny
     harmless = dataclasses.replace(first, question="Is 1 < 2 > 0, <b>think</b> or im_end?")
@@ -577,7 +584,13 @@ def test_only_states_are_removed(tmp_path):
     for name in ("state/step-3", "state/step-4-hf", "only/step-1", "only/.step-2.writing"):
         write_state(tmp_path / name)
     for name in ("state", "only"):
-        checkpoint.remove_states(tmp_path / name)
+        checkpoint.remove_numbered(tmp_path / name, "step")
     assert [path.name for path in (tmp_path / "state").iterdir()] == ["step-4-hf"]
     assert not (tmp_path / "only").exists()
-    checkpoint.remove_states(tmp_path / "nothing")
+    checkpoint.remove_numbered(tmp_path / "nothing", "step")
+
+
+@pytest.mark.parametrize("content", [b"", b"\x80\x04]", b"cos\nno_such_name\n.", b"\x00" * 99])
+def test_a_state_with_broken_metadata_is_not_whole(tmp_path, content):
+    (tmp_path / ".metadata").write_bytes(content)
+    assert not checkpoint.is_whole(tmp_path)

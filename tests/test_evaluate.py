@@ -150,10 +150,32 @@ def test_rows_of_two_evaluations_do_not_mix(world, tmp_path):
     assert run(*mmau(world, tmp_path, "--out", tmp_path / "out"))[0] == 0
     code, _, err = run(*mmau(world, tmp_path, "--out", tmp_path / "out", "--temperature", "0.5"))
     assert code == 2 and "give another --out" in err and err.count("\n") == 1
-    assert "(other temperature)" in err
+    assert "(temperature)" in err
 
 
-@pytest.mark.parametrize("changed", ["weights", "sha256 of data"])
+def test_an_out_folder_that_cannot_be_used_is_refused_at_once(world, tmp_path, monkeypatch):
+    """Before a model is loaded. Settings that are not json are one line, too."""
+    monkeypatch.setattr(evaluate, "generate", None)
+    write_mmau(tmp_path, count=2)
+    (tmp_path / "file").touch()
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "settings.json").write_text("{")
+    for out, message in ((tmp_path / "file", "is a file"), ("/proc/out", "cannot be written"),
+                         (tmp_path / "out", "settings.json: not valid json")):
+        code, _, err = run(*mmau(world, tmp_path, "--out", out))
+        assert code == 2 and message in err and err.count("\n") == 1, err
+
+
+def test_an_evaluation_that_has_no_rows_yet_may_change_its_settings(world, tmp_path):
+    """A wrong --model, say, does not lock the folder."""
+    write_mmau(tmp_path, count=2)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "completions.jsonl").touch()
+    (tmp_path / "out" / "settings.json").write_text('{"temperature": 1}')
+    assert run(*mmau(world, tmp_path, "--out", tmp_path / "out"))[0] == 0
+
+
+@pytest.mark.parametrize("changed", ["weights of --model", "content of --data"])
 def test_other_weights_or_rows_under_the_same_name_do_not_mix(world, tmp_path, changed):
     """A model that was trained again, or a file with other rows: the old completions are not
     scored as theirs. Nothing changes."""
@@ -162,13 +184,13 @@ def test_other_weights_or_rows_under_the_same_name_do_not_mix(world, tmp_path, c
     write_mmau(tmp_path, count=2)
     assert run(*arguments)[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-    if changed == "weights":
+    if changed.startswith("weights"):
         weights = tmp_path / "model" / "model.safetensors"
         weights.write_bytes(weights.read_bytes())
     else:
         write_mmau(tmp_path, count=3)
     code, _, err = run(*arguments)
-    assert code == 2 and f"(other {changed})" in err and err.count("\n") == 1
+    assert code == 2 and f"({changed})" in err and err.count("\n") == 1
     assert {path: path.read_bytes() for path in (tmp_path / "out").iterdir()} == before
 
 
@@ -179,7 +201,7 @@ def test_two_commands_do_not_share_a_folder(world, tmp_path):
     settings = (tmp_path / "out" / "settings.json").read_bytes()
     code, _, err = run("acs", "--model", world / "model", "--data", world / "train.jsonl",
                        "--out", tmp_path / "out")
-    assert code == 2 and "completions.jsonl: made by another evaluation" in err
+    assert code == 2 and "completions.jsonl: made with other settings" in err
     assert (tmp_path / "out" / "settings.json").read_bytes() == settings
 
 

@@ -180,11 +180,25 @@ def test_a_letter_that_names_no_option(predicted):
 @pytest.mark.parametrize("predicted, answer", [
     ("Help", "Help"), ("help", "Help"), ("HELP!", "Help!"), ("\"Help\"", None), ("Help.", None),
     ("C#", "C#"), ("c#", "C#"), ("C", "C"), ("C.", "C"), ("−3 dB", "−3 dB"), ("3 db", "3 dB"),
-    ("x²", "x²"), ("x2", "x2"), ("X²", None),
+    ("x²", "x²"), ("x2", "x2"), ("X²", "x²"),
     ("B. Help!", "Help!"), ("A. Help", "Help"), ("A. Help!", None), ("G", "x²"),
 ])
 def test_options_that_differ_by_little_are_kept_apart(predicted, answer):
     assert accuracies(predicted, PAIRS) == [float(option == answer) for option in PAIRS]
+
+
+@pytest.mark.parametrize("said, option", [
+    ("102", "10²"), ("x1", "x₁"), ("1", "①"), ("TM", "™"), ("1/2", "½")])
+def test_other_characters_are_not_the_option(said, option):
+    """Only full-width forms are folded: a superscript, say, is not a digit."""
+    assert not accuracy(said, option, [option, "a dog"])
+    assert accuracy(option, option, [option, "a dog"])
+
+
+@pytest.mark.parametrize("said", ["__Answer:__ B", "_Answer_: B", "_The answer is_ B", "【B】",
+                                  "B、a seal", "\\(\\mathbf{B}\\)", "Answer: a seal…"])
+def test_emphasis_and_brackets_of_other_kinds(said):
+    assert accuracy(said, "a seal", ["a dog", "a seal"])
 
 
 def test_marks_that_have_a_meaning_are_compared():

@@ -509,7 +509,7 @@ BAD_INPUT = {
     "output_dir under a file": (lambda t, w: ["--output_dir", w / "train.jsonl" / "out"],
                                 "train.jsonl is a file"),
     "output_dir holds the model": (lambda t, w: ["--output_dir", w],
-                                   "holds the model that this run starts from"),
+                                   "holds the model that this run needs"),
     "learning rate of inf": (lambda t, w: ["--learning_rate", "inf"], "learning_rate is inf"),
     "negative decay": (lambda t, w: ["--weight_decay", "-1"], "weight_decay is -1.0"),
     "reward weights": (lambda t, w: ["--reward_weights", "1", "nan", "1"], "reward_weights is"),
@@ -703,7 +703,8 @@ def test_a_fresh_run_refuses_the_folder_of_another(world, tmp_path, capsys, left
 
 def test_files_that_no_run_writes_are_no_run(world, tmp_path):
     """They stay, also with --overwrite true, which removes every file of the run before."""
-    kept = ["notes.txt", "state/step-2-hf/weights", "checkpoint-best/weights", "vllm.log"]
+    kept = ["notes.txt", "state/step-2-hf/weights", "checkpoint-best/weights", "vllm.log",
+            "weights/mine/weights", "weights/version-best"]
     for name in kept:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("mine")
@@ -712,7 +713,7 @@ def test_files_that_no_run_writes_are_no_run(world, tmp_path):
     assert {name: (tmp_path / name).read_text() for name in kept} == dict.fromkeys(kept, "mine")
     first = files(tmp_path)
     for name in ("state/step-7/run.pt", "checkpoint-2/old", "adapter/old", "checkpoint/old",
-                 ".checkpoint-3.writing/old"):
+                 ".checkpoint-3.writing/old", "weights/version-4/old"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("of another run")
     assert main(arguments(world, tmp_path, "--overwrite", "true", "--save_every", "1")) == 0
@@ -747,15 +748,35 @@ def test_links_are_followed(world, tmp_path):
     assert sorted(path.name for path in (tmp_path / "disk").iterdir()) == ["old", "run"]
 
 
-def test_a_linked_checkpoint_that_would_cost_other_files_is_refused(world, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["checkpoint", "adapter", "checkpoint-2"])
+def test_a_link_that_would_cost_other_files_is_refused(world, tmp_path, capsys, name):
     (tmp_path / "photos").mkdir()
     (tmp_path / "photos" / "photo").touch()
     (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "checkpoint").symlink_to(tmp_path / "photos")
+    (tmp_path / "out" / name).symlink_to(tmp_path / "photos")
     for more in ((), ("--overwrite", "true")):
         error = refused(capsys, arguments(world, tmp_path / "out", *more))
-        assert f"checkpoint links to {tmp_path / 'photos'}" in error
+        assert f"{name} links to {tmp_path / 'photos'}" in error
     assert (tmp_path / "photos" / "photo").exists()
+
+
+def test_the_model_of_the_run_is_never_overwritten(world, tmp_path, capsys):
+    """Also where `checkpoint` links to it, or where --model goes through the link."""
+    model = shutil.copytree(world / "model", tmp_path / "model")
+    before = files(model)
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "checkpoint").symlink_to(model)
+    for given in (model, tmp_path / "out" / "checkpoint"):
+        for name in ("--model", "--checker"):
+            error = refused(capsys, arguments(world, tmp_path / "out", "--overwrite", "true",
+                                              "--vllm_python", sys.executable, name, given))
+            assert f"holds the {name[2:]} that this run needs" in error
+    assert files(model) == before
+
+
+def test_a_link_that_leads_to_itself(world, tmp_path, capsys):
+    (tmp_path / "out").symlink_to(tmp_path / "out")
+    assert "cannot be written" in refused(capsys, arguments(world, tmp_path / "out"))
 
 
 @pytest.mark.parametrize("folder", ["/proc/out", "/proc/1/deep/out"])
@@ -777,8 +798,7 @@ def test_resume_refuses_other_rows(world, unfinished, tmp_path, capsys):
     shutil.copytree(world, place)
     data = place / "train.jsonl"
     saved_fields = torch.load(out / "state" / "step-3" / "run.pt", weights_only=False)
-    saved_fields["config"] |= {"data": str(data), "model": str(place / "model"),
-                               "eval_data": str(place / "eval.jsonl")}
+    saved_fields["config"] |= {"model": str(place / "model")}
     torch.save(saved_fields, out / "state" / "step-3" / "run.pt")
     before = files(out)
     shutil.copy(data, place / "eval.jsonl")
