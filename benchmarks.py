@@ -11,8 +11,8 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 
-from data import (InputError, Question, audio_field, is_list_of_texts, json_lines, json_object,
-                  parse_json, raise_bad_rows, text_field)
+from data import (InputError, Question, audio_field, is_list_of_texts, items_of, json_lines,
+                  json_object, parse_json, raise_bad_rows, text_field)
 from pos_gate import find_nltk_data
 
 
@@ -78,18 +78,9 @@ def read_benchmark(name, path, audio_root=None):
     if name not in BENCHMARKS:
         raise InputError(f"no benchmark {name!r}; choose one of {', '.join(BENCHMARKS)}")
     path = Path(path)
-    items, place_of, errors = [], {}, []
-    for where, row in _rows(path, errors):
-        try:
-            item = _item(name, json_object(row, where), Path(audio_root or path.parent), where)
-            if item.id in place_of:
-                raise InputError(f"{where}: id {item.id!r} is already used in "
-                                 f"{place_of[item.id]}; make ids unique")
-        except InputError as error:
-            errors.append(error)
-            continue
-        place_of[item.id] = where
-        items.append(item)
+    errors, root = [], Path(audio_root or path.parent)
+    items = items_of(_rows(path, errors), lambda row, where: _item(
+        name, json_object(row, where), root, where), errors)
     raise_bad_rows(path, errors)
     if not items:
         raise InputError(f"{path}: no rows in this file; give the file of {name} as published")

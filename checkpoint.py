@@ -278,15 +278,15 @@ def save_adapter(policy, folder):
 ADAPTER_CARD = """---
 library_name: peft
 ---
-A LoRA adapter, trained with MAPO. adapter_config.json names the model that it belongs to, as
-`base_model_name_or_path`. Do not put it on the folder `checkpoint`, which holds the sum of both.
+A LoRA adapter, trained with MAPO. `base_model_name_or_path` in adapter_config.json names the model
+that it belongs to. Do not load it on top of the folder `checkpoint`: that already contains it.
 
     from peft import PeftModel
     from transformers import BASE
     model = PeftModel.from_pretrained(BASE.from_pretrained(MODEL), ADAPTER)
 """
 ON_THE_THINKER = r"""
-On the thinker alone, take `thinker.` off the names:
+On the thinker alone, remove `thinker.` from the names:
 
     model = PeftModel.from_pretrained(thinker, ADAPTER, key_mapping={r"^thinker\.": ""})
 """
@@ -386,7 +386,7 @@ def newest_state(folder, team):
 
 
 def states_in(folder, name="step"):
-    """{step: folder} of the states that a run keeps there. Other names are not its own."""
+    """{number: folder} of the folders <name>-<digits> there. A run owns no links or other names."""
     found = {path: re.fullmatch(f"{name}-([0-9]+)", path.name) for path in folder.glob(f"{name}-*")}
     return {int(match[1]): path for path, match in found.items()
             if match and path.is_dir() and not path.is_symlink()}
@@ -395,12 +395,14 @@ def states_in(folder, name="step"):
 def is_whole(state):
     """Does the folder of a state hold all files, each as long as it was written?"""
     try:
-        parts = dcp.FileSystemReader(state).read_metadata().storage_data.values()
-        return (all((state / part.relative_path).stat().st_size >= part.offset + part.length
-                    for part in parts)
-                and all(zipfile.is_zipfile(state / name) for name in ("run.pt", "rng-0.pt")))
-    except Exception:  # of broken bytes, pickle makes an error of any class
+        metadata = dcp.FileSystemReader(state).read_metadata()
+    except Exception:  # pickle raises errors of any class on broken bytes
         return False
+    files = {name: (state / name).stat().st_size for name in os.listdir(state)}
+    return (isinstance(metadata, dcp.metadata.Metadata)
+            and all(files.get(part.relative_path, 0) >= part.offset + part.length
+                    for part in metadata.storage_data.values())
+            and all(zipfile.is_zipfile(state / name) for name in ("run.pt", "rng-0.pt")))
 
 
 def remove_numbered(folder, name):

@@ -106,19 +106,10 @@ def _row_of_avqa(row, where):
 
 
 def _read(path, audio_root, to_row, decode):
-    questions, line_of, errors = [], {}, []
-    for number, row in json_lines(path, errors):
-        where = f"{path}:{number}"
-        try:
-            question = _question(to_row(row, where), audio_root, where)
-            if question.id in line_of:
-                raise InputError(f"{where}: id {question.id!r} is already used in line "
-                                 f"{line_of[question.id]}; make ids unique")
-        except InputError as error:
-            errors.append(error)
-            continue
-        line_of[question.id] = number
-        questions.append(question)
+    errors = []
+    rows = ((f"{path}:{number}", row) for number, row in json_lines(path, errors))
+    questions = items_of(
+        rows, lambda row, where: _question(to_row(row, where), audio_root, where), errors)
     if not questions and not errors:
         raise InputError(f"{path}: no questions in this file; write one json object per line")
     if not decode:
@@ -207,12 +198,26 @@ def json_lines(path, errors=None):
             yield number, row
 
 
-def write_whole(path, text):
-    """Writes a text file beside its place and renames it. A link is followed.
+def items_of(rows, to_item, errors):
+    """(where, row) pairs → items; a bad row or a repeated id goes to `errors`, as an InputError."""
+    items, place_of = [], {}
+    for where, row in rows:
+        try:
+            item = to_item(row, where)
+            if item.id in place_of:
+                raise InputError(f"{where}: id {item.id!r} is already used in {place_of[item.id]}; "
+                                 "make ids unique")
+        except InputError as error:
+            errors.append(error)
+            continue
+        place_of[item.id] = where
+        items.append(item)
+    return items
 
-    So the old file stays whole until the new one is.
-    """
-    path = Path(path).resolve()
+
+def write_whole(path, text):
+    """Writes a text file beside its place, then renames it. So the old one is never half gone."""
+    path = Path(path).resolve()  # follows a link
     building = path.with_name(f".{path.name}.writing")
     try:
         building.write_text(text, encoding="utf-8")
@@ -309,7 +314,14 @@ def check_clips(clips, cache):
     good = {os.path.abspath(clip): result for clip, result in found.items()
             if not isinstance(result, InputError)}
     if good != known:
-        _write_cache(cache, good)
+        try:
+            if cache is None:
+                raise OSError("set HOME or XDG_CACHE_HOME")
+            cache.parent.mkdir(parents=True, exist_ok=True)
+            write_whole(cache, json.dumps(good))
+        except OSError as error:
+            print("warning: the next start decodes all clips again, because the cache of the "
+                  f"check cannot be written ({error})", file=sys.stderr)
     return {clip: result[2] if isinstance(result, list) else result
             for clip, result in found.items()}
 
@@ -343,17 +355,6 @@ def cache_file(path):
     folder = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
     name = hashlib.sha256(os.fsencode(os.path.abspath(path))).hexdigest()[:16]
     return Path(folder, "mapo", f"clips-1-{name}.json") if os.path.isabs(folder) else None
-
-
-def _write_cache(cache, good):
-    try:
-        if cache is None:
-            raise OSError("set HOME or XDG_CACHE_HOME")
-        cache.parent.mkdir(parents=True, exist_ok=True)
-        write_whole(cache, json.dumps(good))
-    except OSError as error:
-        print("warning: the next start decodes all clips again, because the cache of the check "
-              f"cannot be written ({error})", file=sys.stderr)
 
 
 # ──────── what the model is given ────────

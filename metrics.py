@@ -190,8 +190,8 @@ def warn_if_nothing_is_learnt(batch, iteration, run):
     """Prints a warning with one completion, on rank 0, when the run cannot learn.  (ours)
 
     That is so when no completion of the run's first generation batch earns the format reward, or
-    when all advantages of FLAT_BATCHES generation batches in a row are 0. After a
-    resume the count starts at 0.
+    when all advantages of FLAT_BATCHES generation batches in a row are 0. After a resume the count
+    starts at 0.
     """
     config, rewards = run.config, batch.rewards
     run.flat_batches = run.flat_batches + 1 if (batch.advantages.abs() < 1e-6).all() else 0
@@ -199,7 +199,7 @@ def warn_if_nothing_is_learnt(batch, iteration, run):
     said = []
     if iteration == 0 and config.reward_weights[1] != 0 and not rewards["format"].any():
         said.append("no completion of the first generation batch earned the format reward. Likely "
-                    "causes: nobody told the model the format (--instruction); another "
+                    "causes: no instruction describes the format (--instruction); another "
                     f"--format_style than {config.format_style}; --max_new_tokens "
                     f"{config.max_new_tokens} ({cut} of {len(batch.completions)} were cut off)")
     if run.flat_batches == FLAT_BATCHES:
@@ -373,7 +373,7 @@ def cut_log(path, keep=lambda row: True):
         os.truncate(path, end)
 
 
-# What a disk reports that is full or broken. Other OSErrors are mistakes of ours.
+# Errors of a disk that is full or broken. Any other OSError is a bug of ours.
 DISK_FAULTS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS)
 
 

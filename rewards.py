@@ -144,9 +144,10 @@ _PLAIN = str.maketrans("‘’‚‛ʼ′“”„‟″«»‐‒–—―−",
 
 def _normalise(text, fold_case=True, strip_marks=True):
     # Full-width forms become plain. NFKC of the whole text would also turn 10² into 102.
-    text = "".join(
-        unicodedata.normalize("NFKC", c) if unicodedata.east_asian_width(c) in "FH" else c
-        for c in unicodedata.normalize("NFC", text)).translate(_PLAIN)
+    if not text.isascii():
+        text = "".join(
+            unicodedata.normalize("NFKC", c) if unicodedata.east_asian_width(c) in "FH" else c
+            for c in unicodedata.normalize("NFC", text)).translate(_PLAIN)
     if fold_case:
         text = unicodedata.normalize("NFC", text.casefold())
     text = " ".join(text.split())

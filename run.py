@@ -81,8 +81,8 @@ def open_run(config, team):
           open_servers(config, policy, [*questions, *eval_questions], team) as servers):
         run.server, run.checker = servers
         exported = team.broadcast(checkpoint_folder(run).exists())
-        if config.resume and export_is_due(run) and not exported:
-            save_checkpoint(policy, checkpoint_folder(run), team)  # it was stopped before that
+        if config.resume and export_is_due(run) and not exported:  # SIGTERM came before it
+            save_checkpoint(policy, checkpoint_folder(run), team)
         try:
             yield run
         finally:
@@ -396,7 +396,7 @@ def after_step(step, batch, run):
 
 
 def export_is_due(run):
-    """Is a checkpoint of the last step wanted? That of max_steps is another one."""
+    """Does export_every ask for a checkpoint now? After max_steps it is checkpoint/ instead."""
     every, step = run.config.export_every, run.steps_done
     return every > 0 and step % every == 0 and step < run.config.max_steps
 

@@ -172,7 +172,7 @@ def test_mistakes_in_the_file(folder):
         assert error_of(read_avqa, path).startswith(f"{path}: no question")
     path = lines(folder, ROW, "", {**ROW, "id": "q2"}, ROW)
     message = error_of(read_questions, path)
-    assert message.startswith(f"{path}:4: id 'q1'") and "line 1" in message
+    assert message.startswith(f"{path}:4: id 'q1'") and ":1; make" in message
 
 
 def test_all_bad_rows_are_listed_at_once(folder):
@@ -214,7 +214,7 @@ def test_read_avqa_with_audio_elsewhere(folder, tmp_path_factory):
 
 
 @pytest.mark.parametrize("change, part", [
-    ({"id": 183}, "id '183' is already used in line 1"), ({"id": ""}, "field 'id' is ''"),
+    ({"id": 183}, "id '183' is already used in"), ({"id": ""}, "field 'id' is ''"),
     ({"question_type": 5}, "field 'domain' is 5"),
     ({"answer": 3}, "answer 3 is not an index into the 3 options"),
     ({"answer": -1}, "answer -1 is not an index"),

@@ -481,7 +481,7 @@ BAD_INPUT = {
     "answer not a choice": (lambda t, w: bad(t, w, answer="a cat"),
                             "bad.jsonl:2: answer 'a cat' is not among"),
     "one choice": (lambda t, w: bad(t, w, choices=["a dog"]), "bad.jsonl:2: field 'choices'"),
-    "duplicate id": (lambda t, w: bad(t, w, id="q0"), "bad.jsonl:2: id 'q0' .*line 1"),
+    "duplicate id": (lambda t, w: bad(t, w, id="q0"), "bad.jsonl:2: id 'q0' .*bad.jsonl:1;"),
     "no data": (lambda t, w: ["--data", ""], "data is empty"),
     "no model": (lambda t, w: ["--model", t / "nothing"], "nothing: no config.json"),
     "no audio_token_id": (text_model, "config.json: no audio_token_id"),
@@ -845,32 +845,28 @@ def test_a_broken_state_with_a_higher_number_costs_no_whole_one(world, unfinishe
     assert sorted(path.name for path in (out / "state").iterdir()) == ["step-2", "step-3", "step-9"]
 
 
-def test_sigterm_in_the_last_step_does_not_cost_the_checkpoint(world, tmp_path, monkeypatch):
-    """There is no state of the last step, so the run ends as usual."""
+def sigterm_in_step(number, monkeypatch):
     step, calls = torch.optim.AdamW.step, []
 
     def terminated(*more, **named):
         calls.append(1)
-        if len(calls) == 4:
+        if len(calls) == number:
             os.kill(os.getpid(), signal.SIGTERM)
         return step(*more, **named)
 
     monkeypatch.setattr(torch.optim.AdamW, "step", terminated)
+
+
+def test_sigterm_in_the_last_step_does_not_cost_the_checkpoint(world, tmp_path, monkeypatch):
+    """There is no state of the last step, so the run ends as usual."""
+    sigterm_in_step(4, monkeypatch)
     assert main(arguments(world, tmp_path)) == 0
     assert (tmp_path / "checkpoint" / "config.json").is_file()
 
 
 def test_a_resumed_run_writes_the_export_that_it_missed(world, tmp_path, monkeypatch):
     """SIGTERM in a step whose checkpoint is due: the run saves its state and stops at once."""
-    step, calls = torch.optim.AdamW.step, []
-
-    def terminated(*more, **named):
-        calls.append(1)
-        if len(calls) == 2:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return step(*more, **named)
-
-    monkeypatch.setattr(torch.optim.AdamW, "step", terminated)
+    sigterm_in_step(2, monkeypatch)
     flags = arguments(world, tmp_path, "--export_every", "2")
     assert main(flags) == 0 and not (tmp_path / "checkpoint-2").exists()
     assert main([*flags, "--resume", "true"]) == 0
