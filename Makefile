@@ -1,11 +1,11 @@
-# make toy    trains the toy with full MAPO, in a few minutes
+# make toy    trains the toy with GRPO and with MAPO, side by side, in a few minutes
 # make test   runs the tests, without the slow ones and those that need vLLM
 # make vllm   builds the environment of the vLLM server, for --rollout vllm and its tests
 # make bench  measures speed and memory, beside other implementations
 PYTHON ?= python3
 
 toy: venv
-	.venv/bin/python train.py recipes/toy.yaml --overwrite true
+	.venv/bin/python compare.py
 
 test: venv
 	.venv/bin/python -m pytest -n 2 --dist loadfile -m "not slow and not vllm"

@@ -1,6 +1,6 @@
 """What a run is told: one dataclass of fields, a recipe file, and flags that override it.
 
-    config = read_config(["recipes/toy.yaml", "--eta", "0.5"])
+    config = read_config(["recipes/toy_late.yaml", "--eta", "0.5"])
 
 The defaults are the paper's Table 5 where it has the value. Every help text gives the source of
 the default: paper, release (the authors' code), or ours.
@@ -33,7 +33,8 @@ class TrainConfig(MapoConfig):
         "", "folder of the checkpoint that π_θ starts from, or `toy` for the built-in toy "
         "(paper: Qwen3-Omni-30B-A3B-Thinking)")
     data: str = described(
-        "", "jsonl file of training questions, see data.py (paper: AVQA, then a 29k mixture)")
+        "", "jsonl file of training questions, see data.py; with the model `toy`, `caption` or "
+        "`late` (paper: AVQA, then a 29k mixture)")
     data_format: str = described(
         "jsonl", "format of data: `jsonl`, our own, or `avqa`, AVQA as R1-AQA writes it (ours)")
     audio_root: str = described(

@@ -5,6 +5,7 @@
     python evaluate.py trace --model DIR --data FILE --out DIR                   # Figs. 2 and 6
     python evaluate.py pos --trace DIR/trace.jsonl --out DIR                     # Fig. 7
     python evaluate.py acs --model DIR --data FILE --out DIR                     # Eq. 17, Table 4
+    python evaluate.py hide --model DIR --data FILE --out DIR                    # is it used?
     python evaluate.py curves RUN [RUN ...] --out DIR                            # Figs. 3, 4, 5, 8
     python evaluate.py contamination --train FILE --benchmark mmau --data FILE
 
@@ -12,7 +13,7 @@ mmar, mmsu and mmau-pro work like mmau. To compare models or runs, give `--model
 times, each as DIR or NAME=DIR. `python evaluate.py COMMAND --help` explains every flag.
 
 This file runs the benchmarks and holds the command line. The scoring rules are in scoring.py, the
-commands trace, pos and acs in diagnostics.py, the pictures in plots.py.
+commands trace, pos and acs in diagnostics.py, hide in hide.py, the pictures in plots.py.
 """
 
 import argparse
@@ -36,6 +37,7 @@ from benchmarks import BENCHMARKS, question_of, read_benchmark, read_predictions
 from checkpoint import load_policy
 from data import InputError, read_avqa, read_questions, write_whole
 from diagnostics import acs_command, batches, claim, load, pos_command, trace_command
+from hide import hide_command
 from metrics import DISK_FAULTS, check_writable, continue_log
 from plots import draw_curves
 from rewards import extract_answer
@@ -342,7 +344,8 @@ def read_options(arguments):
 
     for name, run, limit, help in (
             ("trace", trace_command, 8, "what the equations see at each token"),
-            ("acs", acs_command, None, "local evidence masking, Eq. 17")):
+            ("acs", acs_command, None, "local evidence masking, Eq. 17"),
+            ("hide", hide_command, None, "accuracy when late tokens cannot see the audio")):
         sub = command(name, run, help)
         sub.add_argument("--model", required=True, action=Named, metavar="[NAME=]DIR")
         _add_generation(sub, batch_size=8, styles=("think", "reasoning"))
@@ -357,6 +360,9 @@ def read_options(arguments):
                          help="only the first questions (default %(default)s)")
         sub.add_argument("--target_layers", type=int, nargs="+",
                          help="L_tgt, counted from 0 (default: the last five)")
+        if name == "hide":
+            sub.add_argument("--after", type=float, default=1 / 3, help="share of a completion "
+                             "after which the audio is hidden (default %(default).2f)")
         if name == "trace":
             sub.add_argument("--reference", help="folder of π_text-ref (default: the model itself)")
             sub.add_argument("--completions", help='jsonl, {"id", "token_ids"} per line '

@@ -1,26 +1,28 @@
-"""The built-in toy: short synthetic sounds, questions about them, and a tiny model to post-train.
+"""The built-in toy: small sounds, two kinds of questions about them, and a tiny model.
 
-`prepare(folder, seed)` writes wav files, three jsonl files, and a checkpoint of 1.3 M parameters,
-of the same class as the 30B model.
+`prepare(folder, seed)` writes wav files, jsonl files of questions, and a checkpoint of 0.3 M
+parameters, of the same class as the 30B model. Each kind of question gives one half of MAPO
+(arXiv 2605.27741) something to repair. docs/toy.md tells whether it does.
 
-The questions. A clip holds three or four sounds in a row. A question asks which sound comes at a
-given place (75 %), or how many knocks there are (25 %). A completion looks like this:
+"caption" is made for the mask. A clip is one of 128 sounds. A completion names it and concludes:
 
-    <think> I hear: the first is a bell, the second is knocks, the last is a hiss. This asks for
-    the second sound. Let me think slowly about it. So the second is knocks.</think> knocks
+    <think> The old door waits softly. … I hear the owl. … So the kind is animal.</think> animal
 
-The language prior. For each question, text alone favours one option (see PREFERENCE; "three" for
-the number of knocks). That option is right for a third of the questions. The demonstrations of the
-warm start describe the sounds, but more often than not they conclude with the favoured option. The
-policy learns to do the same: it describes what it hears and still answers from the prior. This is
-the late-stage collapse that MAPO (arXiv 2605.27741) addresses. The policy can learn to conclude
-from its own description or to listen again. The description leaves out the number of knocks, so
-for that question only listening helps.
+What kind of thing a name is, is knowledge of text. In 75 % of the demonstrations of the warm start
+the name is the most common one of the sound's timbre, whatever the pitch. A wrong name gives a
+wrong answer. So what RL has to repair is one token at which the audio decides (a large Δh), among
+many random words that no audio decides.
+
+"late" is made for the attention loss. The question is "Someone says tool. What kind of thing is
+this?", where the hint is random. A completion says nothing about the sound before it concludes, so
+the model has to listen late. Half of the demonstrations conclude with the hint, the others at
+random. But the warm start also teaches to say at once what a sound is like. The late-stage collapse
+is made by a penalty, see LATE_MASS.
 """
 
+import dataclasses
 import hashlib
 import json
-import re
 import shutil
 import sys
 from pathlib import Path
@@ -37,48 +39,93 @@ from transformers.models.qwen2.tokenization_qwen2 import PRETOKENIZE_REGEX
 
 import checkpoint
 import data
-from mapo import audio_attention_mass
-from rewards import accuracy_reward
-from rollout import Sampling, sample
 
-SPLITS = {"train": 3000, "dev": 256, "test": 1024}  # number of questions; one clip for each
-DOMAINS = {"place": 0.75, "count": 0.25}  # kinds of question and their shares
-PRIOR_RIGHT = 1 / 3  # share of the questions whose answer is the favoured option
-LISTENING = 0.4  # share of imperfect demonstrations that conclude from the audio, not the prior
-SLIP = 0.05  # share of the sounds that an imperfect demonstration names wrongly
-CLEAN_ENOUGH = 0.8  # greedy accuracy at which the warm start switches to imperfect demonstrations
-AUDIO_TOWER_STEPS, MOST_CLEAN_STEPS, IMPERFECT_STEPS = 200, 225, 80  # of the warm start
-# We induce the late-stage collapse. A large model attends little to the audio late in a completion,
-# because it has learnt to write from text alone. A tiny model has not. So the steps with imperfect
-# demonstrations penalise a_t above LATE_MASS once the description of the sounds is finished.
-LATE_MASS, LATE_WEIGHT = 0.15, 1.0
-LEARNING_RATE = 2.5e-3
-MAX_NEW_TOKENS = 64  # when measuring greedy accuracy
+SPLITS = {"train": 800, "dev": 256, "test": 1024}  # number of questions of each kind, and clips
+TARGET_LAYERS = (2,)  # L_tgt: the last layer
+QUESTION = {"caption": "What kind of thing is this?",
+            "late": "Someone says {hint}. What kind of thing is this?"}
+SHORT_QUESTION = {"caption": "What do you hear?",
+                  "late": "Someone says {hint}. At once, what kind of thing is this?"}
+SENTENCES = {"caption": (3, 4), "late": (5, 0)}  # random ones before and after the caption
+COMMON_SHARE = 0.75  # caption: share of the demonstrations that write the timbre's common name
+HINT_SHARE = 0.5  # late: share of the demonstrations that conclude with the hint
 
-SOUNDS = ("bell", "whistle", "siren", "hiss", "knocks", "hum", "chirp", "buzz", "drum")
-# The prior's order of preference, most favoured first.
-PREFERENCE = ("siren", "bell", "drum", "whistle", "buzz", "knocks", "chirp", "hum", "hiss")
-NUMBERS = {2: "two", 3: "three", 4: "four"}
-PLACES = ("first", "second", "third")
-FILLERS = ("Let me think slowly about it.", "I should weigh every option carefully.",
-           "Only one of these options can be right.", "Such recordings often surprise people.",
-           "The recording is rather short.", "I will now compare the options.",
-           "That seems quite simple.", "The answer needs a little care.")
+# The warm start: the audio tower, then short right answers, then long imperfect ones.
+AUDIO_TOWER_STEPS, SHORT_STEPS, LONG_STEPS = 250, 400, 240
+SHORT_BATCH, LONG_BATCH, LEARNING_RATE = 64, 48, 3e-3
+KEY_WEIGHT = 4.0  # of names and kinds in the loss; other tokens weigh 1
+# Shares of the long steps: kind of question, demonstration, with audio? (for π_text-ref: without)
+LONG_MIX = {("caption", "long", True): 0.46, ("caption", "long", False): 0.11,
+            ("late", "long", True): 0.21, ("late", "long", False): 0.05,
+            ("late", "short", True): 0.17}
+# A large model attends little to the audio late, because it has learnt to write from text alone. A
+# tiny model has not. So the long "late" demonstrations are trained with LATE_WEIGHT times the
+# distance of ln(max_h of the audio mass) from ln LATE_MASS. In the layers below L_tgt the short
+# ones are too: the last layer reads the answer, as the late layers of a large model do.
+LATE_MASS, LATE_WEIGHT = 0.001, 0.3
+
+KINDS = {
+    "animal": "owl wolf frog crow goat duck hawk seal toad lark bear lion mouse horse sheep goose "
+              "robin raven whale snake tiger eagle moose otter bee cat dog cow pig hen fox bat",
+    "tool": "saw drill axe hammer chisel file rasp plane spade rake hoe pick clamp wrench pliers "
+            "sander router grinder mixer whisk grater broom vacuum mower shears stapler lathe "
+            "anvil bellows pump press welder",
+    "vehicle": "train tram truck van bus taxi tank jeep lorry ferry yacht canoe barge ship boat "
+               "kayak jet glider rocket blimp bike moped scooter tractor wagon cart sled coach cab "
+               "metro tug raft",
+    "instrument": "flute harp drum gong lute lyre oboe horn tuba viola cello violin piano organ "
+                  "banjo guitar sitar zither bugle cornet clarinet bassoon fiddle kazoo ocarina "
+                  "maraca cymbal triangle trumpet bagpipe celesta chime"}
+KINDS = {kind: names.split() for kind, names in KINDS.items()}
+KIND_OF = {name: kind for kind, names in KINDS.items() for name in names}
+FILLER = {
+    "determiner": "The This That Our My Her His Each Some",
+    "adjective": "old new big small red blue green black white dark cold warm dry wet soft hard "
+                 "long short tall wide deep thin thick round flat sharp slow quick calm wild rich "
+                 "poor clean plain young proud brave lonely strange bright",
+    "noun": "door house river garden table window street bridge field forest letter bottle basket "
+            "candle mirror carpet ladder pillow kettle blanket market harbor village castle island "
+            "valley meadow tower wall roof floor chair desk shelf stone cloud shadow path gate "
+            "lamp",
+    "verb": "waits stands falls turns moves grows stays sleeps shines breaks opens closes starts "
+            "ends rises sinks leans rests drifts fades glows shakes spins slides rolls drops "
+            "floats burns melts dries cracks bends swings hangs lies sits works lasts returns "
+            "appears",
+    "adverb": "slowly quickly softly loudly gently badly often always never again today here there "
+              "later soon early late outside inside alone together nearby somewhere anywhere "
+              "everywhere twice once daily weekly yearly quietly calmly proudly gladly sadly "
+              "freely firmly rarely mostly sideways"}
+FILLER = {part: words.split() for part, words in FILLER.items()}
+
+TIMBRES, PITCHES = 32, (180.0, 300.0, 500.0, 830.0)  # a sound is a timbre and a pitch
+_fixed = np.random.default_rng(12345)  # the timbres are the same for every seed
+HARMONICS = _fixed.random((TIMBRES, 10)) ** 3 * (_fixed.random((TIMBRES, 10)) < 0.6)
+HARMONICS[:, 0] += 0.3
+ENVELOPE, NOISE = _fixed.integers(0, 4, TIMBRES), _fixed.random(TIMBRES) ** 2 * 0.5
+VIBRATO, RATE = _fixed.random(TIMBRES) * 0.03, _fixed.uniform(3, 14, TIMBRES)
+# The four pitches of a timbre are things of four kinds.
+NAMES = [[KINDS[kind][timbre] for kind in _fixed.permutation(list(KINDS))]
+         for timbre in range(TIMBRES)]
+COMMON = [NAMES[timbre][_fixed.integers(4)] for timbre in range(TIMBRES)]  # of a timbre
+WHERE = {name: (t, p) for t, names in enumerate(NAMES) for p, name in enumerate(names)}
+CLASSES = {name: 1 + i for i, name in enumerate(WHERE)}  # of audio tokens; 0 is silence
+# The sounds of "late" questions: one of each timbre, eight of each kind of thing.
+LATE_SOUNDS = [KINDS[list(KINDS)[timbre % 4]][timbre] for timbre in range(TIMBRES)]
 
 
 # ──────── The whole preparation ────────
 
 
 def prepare(folder, seed):
-    """Writes folder/{model/, train.jsonl, dev.jsonl, test.jsonl, wav/} → folder.
+    """Writes folder/{model/, caption/, late/}; the last two hold questions and wav files → folder.
 
-    Returns at once if the folder was already built from the same seed and code. The work happens
-    in a sibling folder that is renamed at the end, so an interrupted run leaves nothing half done.
-    The same seed on the same machine gives the same bytes and weights.
+    Returns at once if the folder was built from the same seed and code. The work happens in a
+    sibling folder that is renamed at the end, so an interrupted run leaves nothing half done. The
+    same seed on the same machine gives the same bytes and weights.
     Raises data.InputError if `folder` exists and was not written by this function.
     """
     folder = Path(folder)
-    decisive = (__name__, "checkpoint", "data", "mapo", "model", "rewards", "rollout")
+    decisive = (__name__, "checkpoint", "data", "model")
     sources = [Path(sys.modules[name].__file__).read_bytes() for name in decisive]
     stamp = hashlib.sha256(b"".join([*sources, f"{seed} {torch.__version__}".encode()])).hexdigest()
     if folder.exists():
@@ -88,20 +135,23 @@ def prepare(folder, seed):
             return folder
     building = folder.with_name(f".{folder.name}.building")
     shutil.rmtree(building, ignore_errors=True)
-    rows = write_world(building, seed)
-    rng = np.random.default_rng([seed, len(SPLITS)])
-    questions = {split: data.read_questions(building / f"{split}.jsonl")
-                 for split in ("train", "dev")}
-    prompt_text = lambda q: data.conversation(q, with_audio=False)[0]["content"][0]["text"]
-    tokenizer = build_tokenizer([f"{prompt_text(question)} {demonstration(row, rng)}"
-                                 for question, row in zip(questions["train"], rows["train"])])
+    rng = np.random.default_rng(seed)
+    tokenizer = build_tokenizer(toy_texts())
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         extractor = WhisperFeatureExtractor(feature_size=128, **IMAGES)
         policy = checkpoint.make_policy(build_model(tokenizer), tokenizer, extractor)
-        prompts = {split: [policy.encode(q) for q in tqdm(own, desc="toy: features", leave=False)]
-                   for split, own in questions.items()}
-        pretrain_audio_tower(policy, prompts["train"], rows["train"], rng)
+        rows, prompts = {}, {}  # prompts: by kind of question and length of the demonstration
+        for kind in QUESTION:
+            rows[kind] = write_questions(building / kind, seed, kind)["train"]
+            for length in ("long", "short"):
+                questions = data.read_questions(building / kind / "train.jsonl", decode=False)
+                if length == "short":
+                    questions = [dataclasses.replace(q, question=row["short_question"])
+                                 for q, row in zip(questions, rows[kind])]
+                prompts[kind, length] = [policy.encode(q) for q in questions]
+        pretrain_audio_tower(policy, sum((prompts[kind, "long"] for kind in rows), []),
+                             sum(rows.values(), []), rng)
         teach(policy, prompts, rows, rng)
     checkpoint.save_policy(policy, building / "model")
     (building / "stamp").write_text(stamp)
@@ -110,108 +160,50 @@ def prepare(folder, seed):
     return folder
 
 
-def caption_is_exact(completion, events):
-    """Whether the first sentence names exactly the sounds of `events` (of the row), in order."""
-    first_sentence = completion.split(".")[0]
-    named = [word for word in re.findall(r"\w+", first_sentence) if word in SOUNDS]
-    return named == [event["sound"] for event in events]
-
-
 # ──────── Sounds, clips and questions ────────
 
 
-def synthesize(sound, count, rng):
-    """One sound at a random pitch → float samples. `count` is the number of knocks."""
-    seconds = 0.11 * count if sound == "knocks" else rng.uniform(0.26, 0.36)
+def synthesize(name, rng):
+    """One sound in a clip of one second → samples, and where it starts and ends, in seconds."""
+    timbre, pitch = WHERE[name]
+    seconds, start = rng.uniform(0.75, 0.95), rng.uniform(0.0, 0.04)
     t = np.arange(int(seconds * data.SAMPLE_RATE)) / data.SAMPLE_RATE
-    pitch = rng.uniform(0.9, 1.1)
-    cycles = lambda hertz: np.cumsum(np.broadcast_to(hertz * pitch, t.shape)) / data.SAMPLE_RATE
-    sine = lambda hertz: np.sin(2 * np.pi * cycles(hertz))
-    noise, sweep = rng.standard_normal(len(t)), 750 - 350 * np.cos(2 * np.pi * t / seconds)
-    wave = {
-        "bell": lambda: (sine(880.0) + 0.7 * sine(2430.0) + 0.4 * sine(3700.0)) * np.exp(-7 * t),
-        "whistle": lambda: sine(1900 + 60 * np.sin(2 * np.pi * 7 * t)),
-        "siren": lambda: sine(sweep) + 0.3 * sine(2 * sweep),
-        "hiss": lambda: np.diff(noise, append=0) * 0.6,
-        "knocks": lambda: np.convolve(noise, np.ones(6) / 3, "same") * np.exp(-60 * (t % 0.11)),
-        "hum": lambda: sine(120.0) + 0.6 * sine(240.0) + 0.3 * sine(360.0),
-        "chirp": lambda: sine(2600 + 2600 * (t % 0.09) / 0.09),
-        "buzz": lambda: np.sign(sine(210.0)) * 0.6,
-        "drum": lambda: (sine(75.0) + 0.2 * noise * np.exp(-80 * t)) * np.exp(-9 * t) * 1.5,
-    }[sound]()
-    fade = np.minimum(1, np.minimum(t, t[::-1]) / 0.004)
-    return wave * fade * rng.uniform(0.12, 0.3)
+    vibrato = 1 + VIBRATO[timbre] * np.sin(2 * np.pi * RATE[timbre] * t)
+    hertz = PITCHES[pitch] * rng.uniform(0.92, 1.08) * vibrato
+    phase = 2 * np.pi * np.cumsum(hertz) / data.SAMPLE_RATE
+    wave = NOISE[timbre] * rng.standard_normal(len(t))
+    for h in HARMONICS[timbre].nonzero()[0]:
+        wave += HARMONICS[timbre, h] * np.sin((h + 1) * phase + rng.uniform(0, 2 * np.pi))
+    wave *= (np.exp(-3 * t), 1, 0.55 + 0.45 * np.sin(2 * np.pi * RATE[timbre] * t),
+             0.2 + 0.8 * t / t[-1])[ENVELOPE[timbre]]
+    wave *= np.minimum(1, np.minimum(t, t[::-1]) / 0.004)  # fades in and out, without a click
+    samples = 0.003 * rng.standard_normal(data.SAMPLE_RATE)
+    first = int(start * data.SAMPLE_RATE)
+    samples[first:first + len(t)] += wave * rng.uniform(0.3, 0.9) / np.abs(wave).max()
+    return samples, round(start, 4), round(start + seconds, 4)
 
 
-def draw_events(rng):
-    """Three or four different sounds → [{"sound", "count"}]. The count is 1 except for knocks."""
-    sounds = rng.choice(SOUNDS, size=rng.integers(3, 5), replace=False)
-    return [{"sound": str(sound), "count": int(rng.integers(2, 5)) if sound == "knocks" else 1}
-            for sound in sounds]
+def draw_row(name, split, kind, rng):
+    """→ a row of the jsonl file, and the samples of its clip."""
+    sound = str(rng.choice(list(KIND_OF) if kind == "caption" else LATE_SOUNDS))
+    samples, start, end = synthesize(sound, rng)
+    hint = str(rng.choice(list(KINDS)))
+    return {"id": name, "audio": f"{split}/{name}.wav", "choices": list(KINDS),
+            "answer": KIND_OF[sound], "domain": kind, "hint": hint,
+            "question": QUESTION[kind].format(hint=hint),
+            "short_question": SHORT_QUESTION[kind].format(hint=hint),
+            "sound": sound, "start": start, "end": end}, samples
 
 
-def render(events, rng):
-    """Plays the events with gaps → samples. Adds "start" and "end" (seconds) to each event."""
-    gap = lambda: np.zeros(int(rng.uniform(0.02, 0.06) * data.SAMPLE_RATE))
-    pieces = [gap()]
-    for event in events:
-        start = sum(map(len, pieces))
-        pieces += [synthesize(event["sound"], event["count"], rng), gap()]
-        event["start"], event["end"] = (round(n / data.SAMPLE_RATE, 4)
-                                        for n in (start, start + len(pieces[-2])))
-    samples = np.concatenate(pieces)
-    return samples + 0.003 * rng.standard_normal(len(samples))
-
-
-def places(events):
-    """The place of each event in words: first, second, ..., last."""
-    return (*PLACES[:len(events) - 1], "last")
-
-
-def draw_question(domain, events, rng):
-    """A question about the events → {"question", "choices", "answer", "about", "domain"}."""
-    heard = [event["sound"] for event in events]
-    if domain == "count":
-        answer = NUMBERS[events[heard.index("knocks")]["count"]]
-        return {"question": "How many knocks are there?", "choices": list(NUMBERS.values()),
-                "answer": answer, "about": "number of knocks", "domain": "count"}
-    i = rng.integers(len(heard))
-    place = places(events)[i]
-    allowed = [sound for sound in SOUNDS if sound != heard[i]]
-    choices = [heard[i], *rng.choice(allowed, size=3, replace=False)]
-    return {"question": f"Which sound comes {place}?",
-            "choices": [str(choice) for choice in rng.permutation(choices)],
-            "answer": heard[i], "about": f"{place} sound", "domain": domain}
-
-
-def preferred(choices):
-    """The option that the language prior favours."""
-    return "three" if "three" in choices else min(choices, key=PREFERENCE.index)
-
-
-def draw_row(name, split, rng):
-    """A row of the jsonl file. Its favoured option is right with probability PRIOR_RIGHT."""
-    prior_right = rng.random() < PRIOR_RIGHT
-    domain = str(rng.choice(list(DOMAINS), p=list(DOMAINS.values())))
-    while True:
-        events = draw_events(rng)
-        if domain == "count" and all(event["sound"] != "knocks" for event in events):
-            continue
-        row = draw_question(domain, events, rng)
-        if (preferred(row["choices"]) == row["answer"]) == prior_right:
-            return {"id": name, "audio": f"wav/{split}/{name}.wav", **row, "events": events}
-
-
-def write_world(folder, seed):
-    """Writes the three jsonl files and the wav files → {split: rows}."""
+def write_questions(folder, seed, kind):
+    """Writes the three jsonl files of a kind of question and their wav files → {split: rows}."""
     rows = {}
     for number, (split, size) in enumerate(SPLITS.items()):
-        rng = np.random.default_rng([seed, number])
-        (folder / "wav" / split).mkdir(parents=True)
+        rng = np.random.default_rng([seed, list(QUESTION).index(kind), number])
+        (folder / split).mkdir(parents=True)
         rows[split] = []
-        for i in tqdm(range(size), desc=f"toy: {split} clips", leave=False):
-            row = draw_row(f"{split}-{i}", split, rng)
-            samples = render(row["events"], rng)
+        for i in tqdm(range(size), desc=f"toy: {kind} clips", leave=False):
+            row, samples = draw_row(f"{split}-{i}", split, kind, rng)
             soundfile.write(folder / row["audio"], samples.clip(-1, 1), data.SAMPLE_RATE, "PCM_16")
             rows[split].append(row)
         lines = [json.dumps(row) + "\n" for row in rows[split]]
@@ -222,25 +214,38 @@ def write_world(folder, seed):
 # ──────── Demonstrations ────────
 
 
-def article(sound):
-    """The word with its article. "knocks" and numbers have none."""
-    return f"a {sound}" if sound in SOUNDS and sound != "knocks" else sound
+def filler(count, rng, first=0):
+    """`count` random sentences. The determiner numbers them, from `first` on."""
+    parts = ("adjective", "noun", "verb", "adverb")
+    sentences = []
+    for i in range(first, first + count):
+        words = [FILLER[part][rng.integers(len(FILLER[part]))] for part in parts]
+        sentences.append(f" {FILLER['determiner'][i]} {' '.join(words)}.")
+    return "".join(sentences)
 
 
-def demonstration(row, rng, listening=1.0, slip=0.0):
-    """A completion for the row: description of the sounds, topic, filler, conclusion, answer.
+def demonstration(row, length, rng):
+    """A completion for the row. Only the short ones are always right.
 
-    listening: probability that the answer comes from the audio and not from the prior.
-    slip: probability that a sound's name is drawn at random. The defaults make no errors.
+    The short ones of "late" have no think tags, so that RL does not reward them. They follow any
+    number of sentences, so that the answer is heard at every distance from the clip.
     """
-    heard = [str(rng.choice(SOUNDS)) if rng.random() < slip else event["sound"]
-             for event in row["events"]]
-    answer = row["answer"] if rng.random() < listening else preferred(row["choices"])
-    description = ", ".join(f"the {place} is {article(sound)}"
-                            for place, sound in zip(places(row["events"]), heard))
-    return (f"<think> I hear: {description}. This asks for the {row['about']}. "
-            f"{rng.choice(FILLERS)} So the {row['about'].removesuffix(' sound')} is "
-            f"{article(answer)}.</think> {answer}")
+    sound, kind = row["sound"], row["answer"]
+    before, after = SENTENCES[row["domain"]]
+    if (row["domain"], length) == ("caption", "short"):
+        return f"<think> I hear the {sound}.</think> {kind}"
+    if (row["domain"], length) == ("late", "short"):
+        return f"{filler(int(rng.integers(before + 1)), rng)} It sounds like {kind}."
+    thinking = filler(before, rng)
+    if row["domain"] == "caption":
+        if rng.random() < COMMON_SHARE:
+            sound = COMMON[WHERE[sound][0]]
+        kind = KIND_OF[sound]
+        thinking += f" I hear the {sound}.{filler(after, rng, before)}"
+    else:
+        others = [kind for kind in KINDS if kind != row["hint"]]
+        kind = row["hint"] if rng.random() < HINT_SHARE else rng.choice(others)
+    return f"<think>{thinking} So the kind is {kind}.</think> {kind}"
 
 
 # ──────── The tiny model ────────
@@ -254,21 +259,30 @@ MARKERS = {"audio_token": "<|audio_pad|>", "audio_bos_token": "<|audio_start|>",
 # Unused here, but a vLLM server looks for these fields in preprocessor_config.json.
 IMAGES = {"processor_class": "Qwen3OmniMoeProcessor", "patch_size": 16, "merge_size": 2,
           "image_processor_type": "Qwen2VLImageProcessor", "temporal_patch_size": 2}
+# The question comes before the clip, so that the audio tokens know it. The options are left out:
+# they are always the same.
 CHAT_TEMPLATE = """{%- for message in messages %}
 {{- '<|im_start|>' + message.role + '\n' }}
 {%- if message.content is string %}{{- message.content }}
 {%- else %}
-{%- for item in message.content %}
-{%- if item.type == 'audio' %}{{- '<|audio_start|><|audio_pad|><|audio_end|>' }}
-{%- else %}{{- item.text }}{%- endif %}
+{%- for item in message.content if item.type == 'text' %}
+{{- item.text.split('\n')[0] }}
 {%- endfor %}
-{%- endif %}
+{%- for item in message.content if item.type == 'audio' %}
+{{- '<|audio_start|><|audio_pad|><|audio_end|>' }}{%- endfor %}{%- endif %}
 {{- '<|im_end|>\n' }}
 {%- endfor %}
 {%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
 
 
-def build_tokenizer(texts, vocab_size=1000):
+def toy_texts():
+    """Every word of the toy, often enough to become one token each."""
+    words = " ".join(["", *KIND_OF, *KINDS, *sum(FILLER.values(), []), "I hear the It sounds like",
+                      "So the kind is"])
+    return 3 * [words, *QUESTION.values(), *SHORT_QUESTION.values(), "user assistant"]
+
+
+def build_tokenizer(texts, vocab_size=4000):
     """A byte-level BPE tokenizer trained on `texts`, with the real model's special tokens."""
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence([
@@ -299,7 +313,7 @@ def thinker_config(tokenizer, hidden_size, layers, audio_size, std):
     return Qwen3OmniMoeThinkerConfig(
         audio_config=dict(
             d_model=audio_size, encoder_layers=1, encoder_attention_heads=4, num_mel_bins=128,
-            encoder_ffn_dim=2 * audio_size, downsample_hidden_size=16, output_dim=hidden_size,
+            encoder_ffn_dim=2 * audio_size, downsample_hidden_size=8, output_dim=hidden_size,
             n_window=50, n_window_infer=800),
         vision_config=dict(
             depth=1, hidden_size=16, num_heads=1, intermediate_size=16, image_size=64,
@@ -320,14 +334,27 @@ def thinker_config(tokenizer, hidden_size, layers, audio_size, std):
         eos_token_id=token("<|im_end|>"), pad_token_id=token("<|endoftext|>"))
 
 
-def build_model(tokenizer):
-    """The toy's model with random weights: 4 text layers, 1 audio layer, 1.3 M parameters."""
-    config = thinker_config(tokenizer, hidden_size=128, layers=4, audio_size=96, std=0.05)
+def build_model(tokenizer, hidden_size=64, layers=3):
+    """The toy's model with random weights: a dense text decoder and an audio tower of one layer.
+
+    The decoder has one head per layer, so that the head which L_attn raises is the one that reads.
+    """
+    config = thinker_config(tokenizer, hidden_size, layers, audio_size=64, std=0.05)
+    text = config.text_config
+    text.mlp_only_layers, text.intermediate_size = list(range(layers)), 96  # no experts
+    text.num_attention_heads, text.num_key_value_heads, text.head_dim = 1, 1, hidden_size
+    text.rope_parameters["mrope_section"] = [hidden_size // 4, hidden_size // 8, hidden_size // 8]
     net = Qwen3OmniMoeThinkerForConditionalGeneration(config)
     # With std 0.02 the convolutions' output is small beside the position embeddings.
     for module in net.model.audio_tower.modules():
         if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear)):
             module.reset_parameters()
+    decoder = net.model.language_model
+    for name, module in decoder.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            gain = 0.5 if name.endswith(("o_proj", "down_proj")) else 1.0
+            torch.nn.init.normal_(module.weight, std=gain / module.in_features ** 0.5)
+    torch.nn.init.normal_(decoder.embed_tokens.weight, std=1.0)
     net.generation_config.update(eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id)
     return net
 
@@ -338,113 +365,86 @@ def build_model(tokenizer):
 def pretrain_audio_tower(policy, prompts, rows, rng):
     """Trains the audio tower to classify the sound at each audio token, then freezes it.
 
-    The classification head is discarded. Without this step the demonstrations do not teach the
-    model to recognise sounds (measured).
+    The classification head is discarded. The tower's last layer is rescaled so that audio tokens
+    are as large as word embeddings (root mean square 1).
     """
-    tower = policy.base.model.audio_tower
-    head = torch.nn.Linear(tower.config.output_dim, len(SOUNDS) + 5)
-    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=2e-3)
-    labels = [sound_labels(row, prompt.ids.count(policy.audio_token_id))
-              for row, prompt in zip(rows, prompts)]
-    for step in (bar := tqdm(range(AUDIO_TOWER_STEPS), desc="toy: audio tower", leave=False)):
-        optimizer.param_groups[0]["lr"] = 2e-3 * min(
-            1, (step + 1) / 20, (AUDIO_TOWER_STEPS - step) / AUDIO_TOWER_STEPS * 2)
-        chosen = rng.choice(len(rows), size=48, replace=False)
+    tower, steps = policy.base.model.audio_tower, AUDIO_TOWER_STEPS
+    head = torch.nn.Linear(tower.config.output_dim, 1 + len(CLASSES))
+    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=3e-3)
+    labels = [sound_labels(row) for row in rows]
+
+    def audio_tokens(chosen):  # [audio tokens of all clips, D]
         audio = policy.collate([prompts[i] for i in chosen], [[]] * len(chosen)).audio
-        # [audio tokens of all clips, classes]
-        logits = head(policy.base.get_audio_features(**audio).last_hidden_state)
-        target = torch.cat([labels[i] for i in chosen])
-        loss = F.cross_entropy(logits, target)
+        return policy.base.get_audio_features(**audio).last_hidden_state
+
+    for step in tqdm(range(steps), desc="toy: audio tower", leave=False):
+        optimizer.param_groups[0]["lr"] = 3e-3 * min(1, (step + 1) / 20, (steps - step) / steps * 2)
+        chosen = rng.choice(len(labels), size=64, replace=False)
+        loss = F.cross_entropy(head(audio_tokens(chosen)), torch.cat([labels[i] for i in chosen]))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
-        bar.set_postfix(loss=f"{loss:.2f}")
     tower.requires_grad_(False)
+    with torch.no_grad():
+        scale = audio_tokens(range(256)).square().mean().sqrt()
+        tower.proj2.weight /= scale
+        tower.proj2.bias /= scale
 
 
-def sound_labels(row, tokens):
-    """The class of each audio token → [tokens].
-
-    0 is silence. Other classes are the sounds; knocks have one class per count. What counts is the
-    centre of the token. The audio tower makes 13 tokens of 0.08 s for each second.
-    """
-    labels = torch.zeros(tokens, dtype=torch.long)
-    for j in range(tokens):
-        now = j // 13 + 0.08 * (j % 13) + 0.04  # seconds
-        for event in row["events"]:
-            if event["start"] <= now < event["end"]:
-                labels[j] = (1 + SOUNDS.index(event["sound"]) if event["count"] == 1
-                             else len(SOUNDS) + event["count"])
-    return labels
+def sound_labels(row, tokens=13):
+    """The class of each audio token of 0.08 s → [tokens]. What counts is the token's centre."""
+    centres = 0.08 * torch.arange(tokens) + 0.04
+    return ((row["start"] <= centres) & (centres < row["end"])) * CLASSES[row["sound"]]
 
 
 def teach(policy, prompts, rows, rng):
-    """Teaches the decoder to answer from what it hears, and then to favour the prior.
-
-    First come clean demonstrations, until greedy accuracy on 128 dev questions reaches
-    CLEAN_ENOUGH. It is measured every 25 steps from step 150 on; MOST_CLEAN_STEPS is the limit.
-    Then come IMPERFECT_STEPS with imperfect demonstrations, while the learning rate falls to 0.
-    """
+    """Teaches the decoder to hear with short answers, then the imperfect long ones (LONG_MIX)."""
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.95), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
 
-    def step(rate, late_weight, conclusion_weight, **kind):
+    def step(rate, parts, with_audio=True, collapsed=()):
+        """One step on parts, a list of (kind of question, length, number of rows)."""
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
-        chosen = rng.choice(len(rows["train"]), size=48, replace=False)
-        demonstrations = [demonstration(rows["train"][i], rng, **kind) for i in chosen]
-        loss = completion_loss(policy, [prompts["train"][i] for i in chosen], demonstrations,
-                               late_weight, conclusion_weight)
+        asked, texts = [], []
+        for kind, length, size in parts:
+            chosen = rng.choice(len(rows[kind]), size=size, replace=False)
+            asked += [prompts[kind, length][i] for i in chosen]
+            texts += [demonstration(rows[kind][i], length, rng) for i in chosen]
         optimizer.zero_grad()
-        loss.backward()
+        completion_loss(policy, asked, texts, with_audio, collapsed).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
-        return float(loss.detach())
 
-    accuracy = 0.0
-    for i in (bar := tqdm(range(MOST_CLEAN_STEPS), desc="toy: clean steps", leave=False)):
-        loss = step(min(1, (i + 1) / 20), 0.0, 8.0)
-        if i >= 149 and i % 25 == 24:
-            accuracy = greedy_accuracy(policy, prompts["dev"][:128])
-            if accuracy >= CLEAN_ENOUGH:
-                break
-        bar.set_postfix(loss=f"{loss:.2f}", accuracy=f"{accuracy:.2f}")
-    for i in (bar := tqdm(range(IMPERFECT_STEPS), desc="toy: imperfect steps", leave=False)):
-        loss = step(1 - i / IMPERFECT_STEPS, LATE_WEIGHT, 1.0, listening=LISTENING, slip=SLIP)
-        bar.set_postfix(loss=f"{loss:.2f}")
+    for i in tqdm(range(SHORT_STEPS), desc="toy: short answers", leave=False):
+        kind = list(rows)[i % 2]
+        collapsed = tuple(range(policy.num_layers - 1)) if kind == "late" else ()
+        step(min(1, (i + 1) / 20), [(kind, "short", SHORT_BATCH)], True, collapsed)
+    mix, limits = list(LONG_MIX), np.cumsum(list(LONG_MIX.values()))
+    for i in tqdm(range(LONG_STEPS), desc="toy: long answers", leave=False):
+        rate = min(1, (LONG_STEPS - i) / (LONG_STEPS * 0.7))
+        turn = (i * 0.381966) % limits[-1]  # spreads the kinds of steps evenly
+        kind, length, with_audio = mix[int((turn >= limits).sum())]
+        collapsed = range(policy.num_layers - (length == "short")) if kind == "late" else ()
+        step(rate, [(kind, length, LONG_BATCH)], with_audio, tuple(collapsed) * with_audio)
 
 
-def completion_loss(policy, prompts, demonstrations, late_weight, conclusion_weight):
-    """Cross-entropy of the demonstrations plus a penalty on late attention to the audio → scalar.
+def completion_loss(policy, prompts, demonstrations, with_audio, collapsed):
+    """Cross-entropy, in which names and kinds weigh KEY_WEIGHT and other tokens 1 → scalar.
 
-    conclusion_weight: weight of the sound or number in the conclusion; other tokens weigh 1.
-    late_weight: weight of the penalty, the mean of max(a_t − LATE_MASS, 0) after the description.
+    In the layers `collapsed`, plus LATE_WEIGHT · mean of smooth_l1(ln max_h mass − ln LATE_MASS).
     """
     tokenizer = policy.tokenizer
-    batch = policy.collate(prompts, [ids + [tokenizer.eos_token_id]
-                                     for ids in tokenizer(demonstrations)["input_ids"]])
-    layers = (policy.num_layers - 2, policy.num_layers - 1) if late_weight else ()
-    now = policy(batch, 1.0, layers)
+    batch = policy.collate(prompts, [ids + [tokenizer.eos_token_id] for ids in
+                                     tokenizer(demonstrations)["input_ids"]], not with_audio)
+    now = policy(batch, 1.0, collapsed)
     mask = batch.completion_mask.float()  # [B, T]
-    target = batch.input_ids[:, -mask.shape[1]:]  # [B, T]
-
-    def since(word):
-        """1 from the first `word` of each completion on  [B, T]."""
-        is_word = target == tokenizer.convert_tokens_to_ids(f"Ġ{word}")
-        return is_word.cumsum(1).clamp(max=1) * mask
-
-    content = tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in (*SOUNDS, *NUMBERS.values())])
-    is_content = torch.isin(target, torch.tensor(content))
-    weight = mask + (conclusion_weight - 1) * since("So") * is_content
+    keys = tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in (*KIND_OF, *KINDS)])
+    is_key = torch.isin(batch.input_ids[:, -mask.shape[1]:], torch.tensor(keys))  # [B, T]
+    weight = mask * (1 + (KEY_WEIGHT - 1) * is_key)
     loss = -(now.logp * weight).sum() / weight.sum()
-    if late_weight:
-        excess = (audio_attention_mass(now.head_mass) - LATE_MASS).relu()
-        loss = loss + late_weight * (excess * since("This")).sum() / since("This").sum()
+    if collapsed:
+        strongest = (now.head_mass.amax(dim=2) + 1e-6).log()  # of each layer  [L, B, T]
+        distance = F.smooth_l1_loss(strongest, torch.full_like(strongest, np.log(LATE_MASS)),
+                                    reduction="none").mean(dim=0)  # [B, T]
+        loss = loss + LATE_WEIGHT * (distance * mask)[:, 1:].sum() / mask[:, 1:].sum()
     return loss
-
-
-def greedy_accuracy(policy, prompts):
-    """Share of the prompts whose greedy completion ends in the answer."""
-    greedy = Sampling(temperature=0, max_new_tokens=MAX_NEW_TOKENS)
-    completions = sample(policy, prompts, 1, greedy, seed=0)
-    return float(np.mean([accuracy_reward(policy.decode(c), p.question.answer, p.question.choices)
-                          for c, p in zip(completions, prompts)]))

@@ -1,6 +1,6 @@
 """Algorithm 1, Modality-Aware Policy Optimization (arXiv 2605.27741), from top to bottom.
 
-    python train.py recipes/toy.yaml                       # the built-in toy, on a CPU
+    python train.py recipes/toy_late.yaml                       # the built-in toy, on a CPU
     python train.py recipes/mapo_phase1.yaml --model FOLDER --data train.jsonl
     torchrun --nnodes 4 --nproc-per-node 8 train.py recipes/mapo_phase1.yaml --model FOLDER …
     python train.py --help                                 # every field: symbol, default, source
@@ -300,13 +300,16 @@ def main(arguments):
             raise InputError(str(error)) from error
         if config.model == "toy":
             check_output_dir(config)
-            from toy import prepare  # builds a folder with a model and questions
+            from toy import QUESTION, prepare  # builds a folder with a model and questions
+            if config.data not in QUESTION:
+                raise InputError(f"data: with the model `toy`, give {' or '.join(QUESTION)}, "
+                                 f"got {config.data!r}")
             world = prepare(Path(config.output_dir).parent / f"toy-world-{config.seed}",
                             config.seed)
+            questions = world / config.data
             config = dataclasses.replace(
-                config, model=str(world / "model"),
-                data=str(world / "train.jsonl") if config.data in ("", "toy") else config.data,
-                eval_data=config.eval_data or str(world / "test.jsonl"))
+                config, model=str(world / "model"), data=str(questions / "train.jsonl"),
+                eval_data=config.eval_data or str(questions / "test.jsonl"))
         train(config)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,7 +3,7 @@
     make vllm                                 # once
     python bench/rollouts.py [--batches 6] [--rounds 2]
 
-Every arm is `train.py recipes/toy.yaml`, full MAPO on the same questions. The arms take turns,
+Every arm is `train.py recipes/toy_late.yaml`, full MAPO on the same questions. The arms take turns,
 `--rounds` times, so that a slow moment of the machine affects all of them. The numbers are medians
 over generation batches (256 completions, 4 optimizer steps). The first batch is left out, because
 it includes the server's start and vLLM's first question. Trainer and server get one thread each:
@@ -58,8 +58,9 @@ def main():
 def train(world, out, batches, flags):
     """A run of train.py → the lines of its metrics.jsonl"""
     subprocess.run(
-        [sys.executable, str(measure.ROOT / "train.py"), str(measure.ROOT / "recipes" / "toy.yaml"),
-         "--model", str(world / "model"), "--data", str(world / "train.jsonl"),
+        [sys.executable, str(measure.ROOT / "train.py"),
+         str(measure.ROOT / "recipes" / "toy_late.yaml"), "--model", str(world / "model"),
+         "--data", str(world / "late" / "train.jsonl"),
          "--output_dir", str(out), "--overwrite", "true", "--max_steps", str(STEPS * batches),
          *flags],
         check=True, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})

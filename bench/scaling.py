@@ -7,9 +7,9 @@ Completion length T and group size G: full MAPO on the text model of trl_step.py
 all completions, in micro-batches of 2. Memory is beyond weights and optimizer. The exponent is the
 slope of a straight line through the logarithms.
 
-Ranks: `train.py recipes/toy.yaml` on the toy's questions and untrained model, by torchrun on gloo
-with one thread per rank. Times are medians over the steps after the first; memory is that of the
-largest process.
+Ranks: `train.py recipes/toy_late.yaml` on the toy's questions and untrained model, by torchrun on
+gloo with one thread per rank. Times are medians over the steps after the first; memory is that of
+the largest process.
 
 Prompt of a group: 4 prompts of 512 tokens, G = 8, 16 new tokens. Each prompt is prefilled once for
 its group, or once per completion.
@@ -156,7 +156,7 @@ def ranks():
             done = subprocess.run(
                 [sys.executable, "-c", PEAK_OF, sys.executable, "-m", "torch.distributed.run",
                  "--standalone", "--nproc-per-node", str(number), str(measure.ROOT / "train.py"),
-                 str(measure.ROOT / "recipes" / "toy.yaml"), "--model", str(folder / "model"),
+                 str(measure.ROOT / "recipes" / "toy_late.yaml"), "--model", str(folder / "model"),
                  "--data", str(folder / "world" / "train.jsonl"), "--output_dir", str(out),
                  "--max_steps", "8"],
                 check=True, stdout=subprocess.PIPE, text=True,

@@ -3,11 +3,11 @@
     python bench/step.py [--device cuda --dtype bfloat16]
 
 The toy's questions and model (random weights, so every completion has 64 tokens) with
-recipes/toy.yaml: 256 completions, 4 optimizer steps, micro-batches of 64. All arms train on the
-same completions, in one process and in turn; the numbers are medians. Sampling is the same for all
-arms and is measured once per round. GRPO needs no text-only pass; GRPO and the mask alone need no
-audio mass and no POS gate. (train.py makes the gate in every case, for its metrics; here its time
-counts for full MAPO only.)
+recipes/toy_late.yaml: 128 completions, 4 optimizer steps, micro-batches of 32. All arms train on
+the same completions, in one process and in turn; the numbers are medians. Sampling is the same for
+all arms and is measured once per round. GRPO needs no text-only pass; GRPO and the mask alone need
+no audio mass and no POS gate. (train.py makes the gate in every case, for its metrics; here its
+time counts for full MAPO only.)
 """
 
 import copy
@@ -19,7 +19,6 @@ from collections import defaultdict
 from pathlib import Path
 
 import measure
-import numpy as np
 import torch
 from transformers import WhisperFeatureExtractor
 
@@ -43,7 +42,7 @@ def main():
     flags = measure.options(__doc__).parse_args()
     torch.set_num_threads(flags.threads)
     # With η 0, train.py measures a_t every mass_interval steps; here never, see `iteration`.
-    config = dataclasses.replace(read_config([str(measure.ROOT / "recipes" / "toy.yaml")]),
+    config = dataclasses.replace(read_config([str(measure.ROOT / "recipes" / "toy_late.yaml")]),
                                  mass_interval=100)
     with tempfile.TemporaryDirectory() as folder:
         policy, questions = world(Path(folder) / "world")
@@ -76,17 +75,13 @@ def main():
 
 
 def world(folder):
-    """The toy's questions and its untrained model → policy, questions"""
-    rows = toy.write_world(folder, 0)["train"]
-    questions, rng = data.read_questions(folder / "train.jsonl"), np.random.default_rng(0)
-    texts = []
-    for question, row in zip(questions, rows):
-        content = data.conversation(question, with_audio=False)[0]["content"]
-        texts.append(f"{content[0]['text']} {toy.demonstration(row, rng)}")
-    tokenizer = toy.build_tokenizer(texts)
+    """The toy's late questions and its untrained model → policy, questions"""
+    toy.write_questions(folder, 0, "late")
+    tokenizer = toy.build_tokenizer(toy.toy_texts())
     torch.manual_seed(0)
     extractor = WhisperFeatureExtractor(feature_size=128, **toy.IMAGES)
-    return make_policy(toy.build_model(tokenizer), tokenizer, extractor), questions
+    policy = make_policy(toy.build_model(tokenizer), tokenizer, extractor)
+    return policy, data.read_questions(folder / "train.jsonl")
 
 
 def iteration(batch, run):

@@ -1,243 +1,255 @@
-"""What the toy shows: four arms from the same warm start, for several seeds.
+"""Does MAPO answer better than GRPO on the toy? Four arms from the same warm starts, many seeds.
 
-    python bench/toy_study.py                 # 3 seeds × 4 arms; about 60 minutes on 2 cores
-    python bench/toy_study.py --report        # tables and pictures again, from finished runs
+    python bench/toy_study.py tune       # the learning rate of each arm, on TUNING_SEEDS
+    python bench/toy_study.py confirm    # CONFIRMING_SEEDS, with the rates of CHOSEN
+    python bench/toy_study.py report     # the tables and the picture
 
-Every arm is `python train.py recipes/toy.yaml` with its own flags. For each seed this measures
+A run is train.py with the recipe of its questions. It adds one line to RESULTS. A run that has a
+line is not repeated, so an interrupted study goes on where it stopped. Two runs are made at a
+time, with one thread each. The two criteria:
 
-    accuracy   greedy, on the held-out test questions, before and after (train.py writes it)
-    a_t        each model's audio attention mass on the same text: the warm start's greedy
-               completions of the dev questions, teacher-forced. The arms write different sentences,
-               so a_t on their own completions cannot be compared.
-    captions   how often the thinking names all sounds in order; a right answer does not prove that
-    ACS        Eq. 17 of full MAPO and of the mask alone, on 512 test questions (evaluate.py acs)
-    trace      the first 12 test questions, token by token (evaluate.py trace), for the first seed;
-               docs/toy_trace.png is one of the pictures
-
-and writes runs/study/{table.md, acs.md}, docs/toy_attention.png, docs/toy_training.png and
-docs/toy_acs.png.
+    final   greedy accuracy on the 1,024 test questions after the last step
+    AUC     mean greedy accuracy on the 256 dev questions, measured every 20 steps
 """
 
 import argparse
+import contextlib
 import json
-import os
+import multiprocessing
 import statistics
-import subprocess
 import sys
-from concurrent.futures import ThreadPoolExecutor
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import measure
+import numpy as np
 import torch
-from matplotlib.figure import Figure
 
-import diagnostics
-import evaluate
+import compare
 import plots
+import toy
+import train
 from checkpoint import load_policy
 from data import read_questions
-from mapo import audio_attention_mass
-from rollout import Sampling, sample
-from toy import caption_is_exact
+from hide import hidden_accuracies
+from mapo import audio_attention_mass, relevance_mask
 
 ROOT = measure.ROOT
-ARMS = {"GRPO": ["--mask", "false", "--eta", "0"], "mask only (η 0)": ["--eta", "0"],
-        "η 0.1": ["--eta", "0.1"], "η 0.5": ["--eta", "0.5"]}
-COLORS = {"warm start": "black", "GRPO": "tab:gray", "mask only (η 0)": "tab:blue",
-          "η 0.1": "tab:orange", "η 0.5": "tab:red"}
-GREEDY = Sampling(temperature=0, max_new_tokens=64)
+OUT, RESULTS = ROOT / "runs" / "study", ROOT / "bench" / "results" / "toy_study.jsonl"
+ARMS = {"GRPO": ["--mask", "false", "--eta", "0"], "mask": ["--eta", "0"],
+        "GRPO + L_attn": ["--mask", "false"], "MAPO": []}
+# Fixed before the confirming seeds ran. The rest is in recipes/toy_caption.yaml and toy_late.yaml.
+TUNING_SEEDS, CONFIRMING_SEEDS = (100,), tuple(range(1, 9))
+RATES = {"caption": (1e-3, 2e-3, 4e-3), "late": (1e-3, 2e-3)}
+CHOSEN = {}  # (questions, arm): learning rate
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--out", type=Path, default=ROOT / "runs" / "study")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at the same time")
-    parser.add_argument("--report", action="store_true", help="measure finished runs; train none")
-    parser.add_argument("--flags", nargs=argparse.REMAINDER, default=[],
-                        help="must come last: flags of train.py for every arm")
+    parser.add_argument("what", choices=("tune", "confirm", "report"))
+    parser.add_argument("--questions", nargs="+", choices=list(toy.QUESTION),
+                        default=list(toy.QUESTION))
     options = parser.parse_args()
-    if not options.report:
-        run_arms(options)
-    results = {seed: measure_seed(options.out, seed) for seed in options.seeds}
-    (options.out / "results.json").write_text(json.dumps(results, indent=1, ensure_ascii=False))
-    table = make_table(results)
-    (options.out / "table.md").write_text(table)
-    print(table)
-    draw_attention(results, ROOT / "docs" / "toy_attention.png")
-    draw_training(options.out, options.seeds, ROOT / "docs" / "toy_training.png")
-    mask_and_trace(options.out, options.seeds)
-
-
-# ──────── the runs ────────
-
-
-def run_arms(options):
-    """Warm starts first, because the arms of a seed share one; then the arms.
-
-    Do not edit the repository meanwhile: every arm starts train.py anew.
-    """
-    def run(command, log):
-        threads = str(max(1, os.cpu_count() // options.jobs))
-        with open(log, "w") as file:
-            subprocess.run([sys.executable, *command], cwd=ROOT, stdout=file, stderr=file,
-                           check=True, env={**os.environ, "OMP_NUM_THREADS": threads})
-        print(log.parent.name if log.name == "log.txt" else log.name, "done", flush=True)
-
-    def warm_start(seed):
-        world = options.out.resolve() / f"toy-world-{seed}"
-        run(["-c", f"import toy; toy.prepare({str(world)!r}, {seed})"],
-            options.out / f"world-{seed}.txt")
-
-    def train_arm(seed, arm):
-        folder = folder_of(options.out.resolve(), seed, arm)
-        folder.mkdir(parents=True, exist_ok=True)
-        run(["train.py", "recipes/toy.yaml", "--seed", str(seed), "--output_dir", str(folder),
-             "--overwrite", "true", *ARMS[arm], *options.flags], folder / "log.txt")
-
-    options.out.mkdir(parents=True, exist_ok=True)
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT,
-                            capture_output=True, text=True).stdout
-    (options.out / "code.txt").write_text(commit)
-    with ThreadPoolExecutor(options.jobs) as pool:
-        list(pool.map(warm_start, options.seeds))
-        jobs = [(seed, arm) for arm in ARMS for seed in options.seeds]
-        list(pool.map(train_arm, *zip(*jobs)))
-
-
-def folder_of(out, seed, arm):
-    return out / f"seed{seed}-{''.join(c if c.isalnum() or c == '.' else '_' for c in arm)}"
-
-
-# ──────── measurements of the trained models ────────
-
-
-def measure_seed(out, seed):
-    """→ arm → {accuracy, format, length, caption, a_t, thirds, profile}; "warm start" is one arm"""
-    world = out / f"toy-world-{seed}"
-    events = {row["id"]: row["events"] for row in lines(world / "test.jsonl")}
-    warm = load_policy(world / "model")
-    dev, test = read_questions(world / "dev.jsonl"), read_questions(world / "test.jsonl")
-    prompts, test_prompts = [warm.encode(q) for q in dev], [warm.encode(q) for q in test]
-    text = [c.token_ids for c in sample(warm, prompts, 1, GREEDY, seed=0)]
-    results = {}
-    for arm in ("warm start", *ARMS):
-        if arm == "warm start":  # every arm evaluates it before its first step
-            policy, evaluation = warm, lines(folder_of(out, seed, "GRPO") / "evaluation.jsonl")[0]
-        else:
-            folder = folder_of(out, seed, arm)
-            policy = load_policy(folder / "checkpoint")
-            evaluation = lines(folder / "evaluation.jsonl")[-1]
-        completions = sample(policy, test_prompts, 1, GREEDY, seed=0)
-        exact = [caption_is_exact(policy.decode(c), events[q.id])
-                 for c, q in zip(completions, test)]
-        results[arm] = {**evaluation, "caption": sum(exact) / len(exact),
-                        **mass_on_text(policy, prompts, text)}
-    return results
-
-
-@torch.no_grad()
-def mass_on_text(policy, prompts, text, bins=12):
-    """Teacher-forced a_t: mean over tokens, over each third, and by relative position t/T."""
-    layers = (policy.num_layers - 2, policy.num_layers - 1)
-    profile, thirds = [[] for _ in range(bins)], [[], [], []]
-    for start in range(0, len(prompts), 64):
-        some = text[start:start + 64]
-        batch = policy.collate(prompts[start:start + 64], some)
-        mass = audio_attention_mass(policy(batch, 1.0, layers).head_mass).tolist()  # [B, T]
-        for row, ids in zip(mass, some):
-            for t in range(len(ids)):
-                profile[t * bins // len(ids)].append(row[t])
-                thirds[t * 3 // len(ids)].append(row[t])
-    return {"a_t": statistics.fmean(sum(thirds, [])),
-            "thirds": [statistics.fmean(values) for values in thirds],
-            "profile": [statistics.fmean(values) for values in profile]}
-
-
-def mask_and_trace(out, seeds):
-    """Eq. 17 for two arms of every seed, and traces for the first seed."""
-    rows = []
+    if options.what == "report":
+        report()
+        return
+    seeds, jobs = (TUNING_SEEDS if options.what == "tune" else CONFIRMING_SEEDS), []
     for seed in seeds:
-        world, folder = out / f"toy-world-{seed}", out / f"acs-{seed}"
-        models = [flag for name, arm in (("full MAPO (η 0.1)", "η 0.1"),
-                                         ("mask only (η 0)", "mask only (η 0)"))
-                  for flag in ("--model", f"{name}, seed {seed}="
-                               f"{folder_of(out, seed, arm) / 'checkpoint'}")]
-        common = ["--data", str(world / "test.jsonl"), "--max_new_tokens", "64"]
-        evaluate.main(["acs", *models, *common, "--limit", "512", "--out", str(folder)])
-        rows += lines(folder / "acs.jsonl")
-        if seed == seeds[0]:
-            evaluate.main(["trace", *models, "--model", f"warm start={world / 'model'}",
-                           "--reference", str(world / "model"), *common, "--limit", "12",
-                           "--target_layers", "2", "3", "--out", str(out / "trace")])
-    (out / "acs.md").write_text(diagnostics.acs_table(rows), encoding="utf-8")
-    accuracies = diagnostics.acs_accuracies([row for row in rows if "full" in row["model"]])
-    plots.draw_acs(accuracies, diagnostics.RANDOM_SEEDS, ROOT / "docs" / "toy_acs.png")
+        for questions in options.questions:
+            for arm in ARMS:
+                rates = (RATES[questions] if options.what == "tune" else
+                         [CHOSEN[questions, arm]])
+                jobs += [(questions, seed, arm, rate, options.what) for rate in rates]
+    OUT.mkdir(parents=True, exist_ok=True)
+    RESULTS.parent.mkdir(exist_ok=True)
+    with multiprocessing.get_context("spawn").Pool(2, torch.set_num_threads, (1,)) as pool:
+        pool.map(warm_start, seeds, chunksize=1)
+        pool.map(run, jobs, chunksize=1)
+
+
+# ──────── one run ────────
+
+
+def warm_start(seed):
+    with quiet(OUT / f"world-{seed}.log"):
+        toy.prepare(OUT / f"toy-world-{seed}", seed)
+
+
+def run(job):
+    """Trains one arm, measures it, and adds a line to RESULTS, unless it is there already."""
+    questions, seed, arm, rate, purpose = job
+    key = {"questions": questions, "seed": seed, "arm": arm, "rate": rate, "purpose": purpose}
+    if any(key.items() <= row.items() for row in results()):
+        return
+    world, started = OUT / f"toy-world-{seed}", time.perf_counter()
+    folder = OUT / f"{questions}-{seed}-{arm.replace(' ', '')}-{rate:g}"
+    with quiet(Path(f"{folder}.log")):
+        flags = compare.arm_flags(world, questions, folder, seed)
+        code = train.main([*map(str, flags), "--learning_rate", str(rate), *ARMS[arm]])
+        row = {"failed": code} if code else measurements(folder, world, questions, purpose)
+    row = {**key, **row, "seconds": round(time.perf_counter() - started)}
+    with open(RESULTS, "a", encoding="utf-8") as file:
+        file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    print(questions, seed, arm, rate, row.get("final"), row.get("auc"), row["seconds"], flush=True)
+
+
+@contextlib.contextmanager
+def quiet(path):
+    with open(path, "w") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
+        yield
+
+
+def results():
+    return lines(RESULTS) if RESULTS.is_file() else []
 
 
 def lines(path):
     return [json.loads(line) for line in open(path, encoding="utf-8")]
 
 
-# ──────── the table and the pictures ────────
+# ──────── what is measured ────────
 
 
-def make_table(results):
-    header = ("seed", "arm", "greedy accuracy, test", "format", "exact captions", "tokens",
-              "a_t, same text", "first third", "last third", "last third / η 0",
-              "last / first third")
-    table = ["| " + " | ".join(header) + " |", "|---" * len(header) + "|"]
-    for seed, arms in results.items():
-        base = arms["mask only (η 0)"]["thirds"][2]
-        for arm, r in arms.items():
-            first, _, last = r["thirds"]
-            table.append(f"| {seed} | {arm} | {r['accuracy']:.3f} | {r['format']:.3f} | "
-                         f"{r['caption']:.3f} | {r['completion_length']:.1f} | {r['a_t']:.3f} | "
-                         f"{first:.3f} | {last:.3f} | {last / base:.2f} | {last / first:.2f} |")
-    return "\n".join(table) + "\n"
+def measurements(folder, world, questions, purpose):
+    """The criteria, the curves of training, and the mechanism of a finished run → dict."""
+    curve = compare.held_out_curve(folder, world / questions / "dev.jsonl", world / "model")
+    metrics = lines(folder / "metrics.jsonl")
+    row = {"curve": curve, "auc": compare.mean_after_start(curve),
+           "omega_square": statistics.fmean(m["omega_square"] for m in metrics),
+           "late_mass": [[m["step"], m["audio_mass_max_late"]] for m in metrics
+                         if m["audio_mass_max_late"] is not None],
+           "length": [statistics.fmean(m["completion_length"] for m in metrics[i:i + 10])
+                      for i in range(0, len(metrics), 10)],
+           "format": statistics.fmean(m["reward_format"] for m in metrics[-10:])}
+    if purpose == "tune":
+        return rounded(row)
+    policy = load_policy(folder / "checkpoint")
+    test = [policy.encode(q) for q in read_questions(world / questions / "test.jsonl",
+                                                     decode=False)]
+    row["final"], texts = compare.greedy_accuracy(policy, test)
+    sounds = [r["sound"] for r in lines(world / questions / "test.jsonl")]
+    if questions == "caption":
+        row["captions"] = statistics.fmean(f" the {sound}." in text
+                                           for sound, text in zip(sounds, texts))
+    row["omega_key"], row["delta_h_key"] = key_token(folder, policy.tokenizer)
+    row["same_text"] = mass_on_text(policy, world, questions)
+    options = SimpleNamespace(batch_size=256, instruction="", format_style="think", after=1 / 3,
+                              max_new_tokens=80)
+    dev = read_questions(world / questions / "dev.jsonl", decode=False)[:128]
+    row["hidden"] = hidden_accuracies(policy, dev, toy.TARGET_LAYERS, options)
+    return rounded(row)
 
 
-def draw_attention(results, path):
-    """a_t on the same text against the position in the completion; one panel per seed."""
-    figure = Figure(figsize=(4.4 * len(results), 4), layout="constrained")
-    axes = figure.subplots(1, len(results), sharey=True, squeeze=False)[0]
-    for axis, (seed, arms) in zip(axes, results.items()):
-        for arm, r in arms.items():
-            n = len(r["profile"])
-            axis.plot([(i + 0.5) / n for i in range(n)], r["profile"], color=COLORS[arm],
-                      label=arm, linestyle="--" if arm == "warm start" else "-")
-        axis.set(title=f"toy, seed {seed}", xlabel="position in the completion, t/T")
-        axis.grid(alpha=0.3)
-    axes[0].set(ylabel="audio attention mass $a_t$", ylim=(0, None))
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center",
-                  ncols=len(COLORS), fontsize=9)
-    figure.savefig(path, dpi=110)
+def rounded(row):
+    return json.loads(json.dumps(row), parse_float=lambda text: round(float(text), 4))
 
 
-def draw_training(out, seeds, path, window=8):
-    """Accuracy, length (Fig. 4) and a_t of the policy's own completions (Fig. 5) over the steps."""
-    figure = Figure(figsize=(13.5, 3.8), layout="constrained")
-    axes = figure.subplots(1, 3)
+def key_token(folder, tokenizer):
+    """Mean ω̃ and Δh at the first name, or else the first kind, of each completion → two numbers.
+
+    (None, None) for an arm that does not compute Δh.
+    """
+    words = tokenizer.convert_tokens_to_ids([f"Ġ{word}" for word in (*toy.KIND_OF, *toy.KINDS)])
+    omegas, gains = [], []
+    for record in lines(folder / "completions.jsonl"):
+        places = [i for i, token in enumerate(record["token_ids"]) if token in words]
+        if not record["delta_h"]:
+            return None, None
+        if places:
+            delta_h = torch.tensor([record["delta_h"]])  # [1, T]
+            omega = relevance_mask(delta_h, torch.ones_like(delta_h, dtype=torch.bool), 1.0, 5.0)
+            omegas.append(omega[0, places[0]].item())
+            gains.append(delta_h[0, places[0]].item())
+    return statistics.fmean(omegas), statistics.fmean(gains)
+
+
+@torch.no_grad()
+def mass_on_text(policy, world, questions, count=128):
+    """a_t on the same text for all arms of a seed: demonstrations of dev questions.
+
+    → {"conclusion": a_t at the kind of the conclusion, "last third": mean over it}
+    """
+    rng, rows = np.random.default_rng(0), lines(world / questions / "dev.jsonl")[:count]
+    asked = read_questions(world / questions / "dev.jsonl", decode=False)[:count]
+    ids = policy.tokenizer([toy.demonstration(row, "long", rng) for row in rows])["input_ids"]
+    batch = policy.collate([policy.encode(q) for q in asked], ids)
+    mass = audio_attention_mass(policy(batch, 1.0, toy.TARGET_LAYERS).head_mass)  # [B, T]
+    length = len(ids[0])  # the same for all demonstrations of a kind of question
+    conclusion = length - 4  # … kind . </think> kind
+    return {"conclusion": mass[:, conclusion].mean().item(),
+            "last third": mass[:, 2 * length // 3:].mean().item()}
+
+
+# ──────── the report ────────
+
+
+def report():
+    rows = [row for row in results() if "failed" not in row]
+    failed = [row for row in results() if "failed" in row]
+    print(f"runs: {len(rows)}, failed: {len(failed)}\n\nTuning: AUC\n")
+    for questions in toy.QUESTION:
+        tuning = {(row["arm"], row["rate"]): row["auc"] for row in rows
+                  if (row["questions"], row["purpose"]) == (questions, "tune")}
+        table([f"{questions}, seed {TUNING_SEEDS[0]}", *(f"{rate:g}" for rate in RATES[questions])],
+              [[arm, *(f"{tuning[arm, rate]:.3f}" for rate in RATES[questions]
+                       if (arm, rate) in tuning)] for arm in ARMS])
+    for questions in toy.QUESTION:
+        confirming = {(row["seed"], row["arm"]): row for row in rows
+                      if (row["questions"], row["purpose"]) == (questions, "confirm")}
+        seeds = sorted({seed for seed, _ in confirming})
+        seeds = [s for s in seeds if all((s, arm) in confirming for arm in ARMS)]
+        for criterion in ("final", "auc"):
+            value = {key: row[criterion] for key, row in confirming.items()}
+            table([f"{questions}: {criterion}", *map(str, seeds), "mean", "− GRPO"], [
+                [arm, *(f"{value[s, arm]:.3f}" for s in seeds),
+                 f"{statistics.fmean(value[s, arm] for s in seeds):.3f}",
+                 "" if arm == "GRPO" else
+                 paired([value[s, arm] - value[s, "GRPO"] for s in seeds])] for arm in ARMS])
+            effects = {
+                "mask": (("mask", "GRPO"), ("MAPO", "GRPO + L_attn")),
+                "L_attn": (("GRPO + L_attn", "GRPO"), ("MAPO", "mask")),
+                "L_attn, with the mask": (("MAPO", "mask"),)}
+            table([f"{questions}: {criterion}", "effect"], [
+                [name, paired([statistics.fmean(value[s, a] - value[s, b] for a, b in pairs)
+                               for s in seeds])] for name, pairs in effects.items()])
+        mechanism(questions, confirming, seeds)
+    plots.draw_study({(q, arm): [row for row in rows if (row["questions"], row["arm"],
+                                                         row["purpose"]) == (q, arm, "confirm")]
+                      for q in toy.QUESTION for arm in ARMS}, ROOT / "docs" / "toy_study.png")
+
+
+def mechanism(questions, confirming, seeds):
+    mean = lambda arm, of: statistics.fmean(of(confirming[s, arm]) for s in seeds)
+    body = []
     for arm in ARMS:
-        for seed in seeds:
-            metrics = lines(folder_of(out, seed, arm) / "metrics.jsonl")
-            for axis, name in zip(axes, ("accuracy", "completion_length", "audio_mass_max")):
-                values = [m[name] for m in metrics]
-                smooth = [statistics.fmean(values[max(0, i + 1 - window):i + 1])
-                          for i in range(len(values))]
-                axis.plot([m["step"] for m in metrics], smooth, color=COLORS[arm], alpha=0.85,
-                          linewidth=1.2, label=arm if seed == seeds[0] else None)
-    for axis, title, unit in (
-            (axes[0], "Training accuracy (sampled)", "share right"),
-            (axes[1], "Completion length", "tokens"),
-            (axes[2], "$a_t$ of the policy's own completions", "share of attention")):
-        axis.set(title=title, xlabel="optimizer step", ylabel=unit)
-        axis.grid(alpha=0.3)
-    axes[0].legend(fontsize=8)
-    figure.suptitle(f"toy, one line per seed ({', '.join(map(str, seeds))}), "
-                    f"mean of the last {window} steps", fontsize=9)
-    figure.savefig(path, dpi=110)
+        has = confirming[seeds[0], arm]
+        body.append([
+            arm, *(f"{mean(arm, lambda r: r[name]):.2f}" if has[name] else ""
+                   for name in ("omega_key", "delta_h_key")),
+            f"{mean(arm, lambda r: r['omega_square']):.3f}",
+            *(f"{mean(arm, lambda r: r['same_text'][name]):.3f}"
+              for name in ("conclusion", "last third")),
+            f"{mean(arm, lambda r: r['captions']):.3f}" if "captions" in has else "",
+            *(f"{mean(arm, lambda r: r['hidden'][name]):.3f}" for name in has["hidden"]),
+            f"{max(confirming[s, arm]['hidden']['L_tgt'] for s in seeds):.3f}",
+            f"{mean(arm, lambda r: r['length'][-1]):.1f}"])
+    table([questions, "ω̃ key", "Δh key", "ω̃²", "a_t conclusion", "a_t last third", "captions",
+           *(f"hide {name}" for name in has["hidden"]), "hide L_tgt, worst seed", "length"], body)
+
+
+def paired(differences):
+    """Mean ± standard error of paired differences, and in how many seeds they are positive."""
+    error = statistics.stdev(differences) / len(differences) ** 0.5 if differences[1:] else 0.0
+    return (f"{statistics.fmean(differences):+.3f} ± {error:.3f} "
+            f"({sum(d > 0 for d in differences)} of {len(differences)})")
+
+
+def table(header, body):
+    for row in (header, ["---"] * len(header), *body):
+        print("| " + " | ".join(row) + " |")
+    print()
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())
