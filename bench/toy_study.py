@@ -41,8 +41,10 @@ ARMS = {"GRPO": ["--mask", "false", "--eta", "0"], "mask": ["--eta", "0"],
         "GRPO + L_attn": ["--mask", "false"], "MAPO": []}
 # Fixed before the confirming seeds ran. The rest is in recipes/toy_caption.yaml and toy_late.yaml.
 TUNING_SEEDS, CONFIRMING_SEEDS = (100,), tuple(range(1, 9))
-RATES = {"caption": (1e-3, 2e-3, 4e-3), "late": (1e-3, 2e-3)}
-CHOSEN = {}  # (questions, arm): learning rate
+RATES = {"caption": (1e-3, 2e-3, 4e-3), "late": (1e-3, 2e-3, 4e-3)}
+# The rate with the highest AUC. GRPO and the mask alone stay at chance at every rate on "late"
+# (AUC 0.256 to 0.268); they get the rate of the other two. "caption" has not been tuned yet.
+CHOSEN = {("late", arm): 2e-3 for arm in ARMS}
 
 
 def main():
