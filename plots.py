@@ -5,7 +5,8 @@
     draw_trace      one question, token by token: Figs. 2 and 6
     draw_pos        entropies by part of speech: Fig. 7
     draw_acs        accuracy with masked audio: Table 4 as a picture
-    draw_comparison GRPO beside MAPO on the toy; draw_study: four arms and many seeds
+    draw_comparison GRPO beside MAPO on the toy
+    draw_study      four arms and many seeds on the toy
 """
 
 from pathlib import Path
@@ -249,30 +250,19 @@ def draw_comparison(runs, path):
 
 
 def draw_study(runs, path):
-    """The study of the toy: one row per kind of questions.  (bench/toy_study.py)
+    """Four arms and many seeds, {arm: lines of the study's results}.  (bench/toy_study.py)
 
-    runs: {(questions, arm): lines of the study's results}. Thin lines are seeds, thick ones their
-    means.
+    Thin lines are seeds, thick ones their means.
     """
-    kinds = list(dict.fromkeys(questions for questions, _ in runs))
-    figure = Figure(figsize=(13.5, 3.9 * len(kinds)), layout="constrained")
-    panels = figure.subplots(len(kinds), 3, squeeze=False)
-    for (questions, arm), rows in runs.items():
-        axes, color = panels[kinds.index(questions)], f"C{list(_arms(runs)).index(arm)}"
-        curves = [[row["curve"] for row in rows], [row["late_mass"] for row in rows],
-                  [list(enumerate(row["length"])) for row in rows]]
-        for axis, lines, scale in zip(axes, curves, (1, 1, 10)):
-            for line in lines:
-                axis.plot([scale * x for x, _ in line], [y for _, y in line], color=color,
-                          linewidth=0.6, alpha=0.4)
-            if lines:
-                mean = np.mean(lines, axis=0)
-                axis.plot(scale * mean[:, 0], mean[:, 1], color=color, linewidth=2, label=arm)
-        _describe(axes[0], f"{questions}: held-out accuracy", "share right, greedy")
-        _describe(axes[1], f"{questions}: $a_t$, last third", "share of attention")
-        _describe(axes[2], f"{questions}: completion length", "tokens")
+    figure = Figure(figsize=(13.5, 3.9), layout="constrained")
+    axes = figure.subplots(1, 3)
+    for number, (arm, rows) in enumerate(runs.items()):
+        for axis, name in zip(axes, ("curve", "late_mass", "length")):
+            for row in rows:
+                axis.plot(*_columns(row[name]), color=f"C{number}", linewidth=0.6, alpha=0.4)
+            mean = np.mean([row[name] for row in rows], axis=0)
+            axis.plot(*mean.T, color=f"C{number}", linewidth=2, label=arm)
+    _describe(axes[0], "Held-out accuracy, greedy", "share right")
+    _describe(axes[1], "Audio attention mass $a_t$, last third", "share of attention")
+    _describe(axes[2], "Completion length", "tokens")
     figure.savefig(path, dpi=110)
-
-
-def _arms(runs):
-    return dict.fromkeys(arm for _, arm in runs)

@@ -120,8 +120,9 @@ def measurements(folder, world, questions, purpose):
     row = {"curve": curve, "auc": compare.mean_after_start(curve),
            "omega_square": statistics.fmean(m["omega_square"] for m in metrics),
            "late_mass": [[m["step"], m["audio_mass_max_late"]] for m in metrics
-                         if m["audio_mass_max_late"] is not None],
-           "length": [statistics.fmean(m["completion_length"] for m in metrics[i:i + 10])
+                         if m["step"] == 1 or m["step"] % 20 == 0],
+           "length": [[i + 10, statistics.fmean(m["completion_length"]
+                                                for m in metrics[i:i + 10])]
                       for i in range(0, len(metrics), 10)],
            "format": statistics.fmean(m["reward_format"] for m in metrics[-10:])}
     if purpose == "tune":
@@ -201,6 +202,8 @@ def report():
                       if (row["questions"], row["purpose"]) == (questions, "confirm")}
         seeds = sorted({seed for seed, _ in confirming})
         seeds = [s for s in seeds if all((s, arm) in confirming for arm in ARMS)]
+        if not seeds:
+            continue
         for criterion in ("final", "auc"):
             value = {key: row[criterion] for key, row in confirming.items()}
             table([f"{questions}: {criterion}", *map(str, seeds), "mean", "− GRPO"], [
@@ -216,9 +219,8 @@ def report():
                 [name, paired([statistics.fmean(value[s, a] - value[s, b] for a, b in pairs)
                                for s in seeds])] for name, pairs in effects.items()])
         mechanism(questions, confirming, seeds)
-    plots.draw_study({(q, arm): [row for row in rows if (row["questions"], row["arm"],
-                                                         row["purpose"]) == (q, arm, "confirm")]
-                      for q in toy.QUESTION for arm in ARMS}, ROOT / "docs" / "toy_study.png")
+        plots.draw_study({arm: [confirming[s, arm] for s in seeds] for arm in ARMS},
+                         ROOT / "docs" / f"toy_{questions}.png")
 
 
 def mechanism(questions, confirming, seeds):
@@ -235,7 +237,7 @@ def mechanism(questions, confirming, seeds):
             f"{mean(arm, lambda r: r['captions']):.3f}" if "captions" in has else "",
             *(f"{mean(arm, lambda r: r['hidden'][name]):.3f}" for name in has["hidden"]),
             f"{max(confirming[s, arm]['hidden']['L_tgt'] for s in seeds):.3f}",
-            f"{mean(arm, lambda r: r['length'][-1]):.1f}"])
+            f"{mean(arm, lambda r: r['length'][-1][1]):.1f}"])
     table([questions, "ω̃ key", "Δh key", "ω̃²", "a_t conclusion", "a_t last third", "captions",
            *(f"hide {name}" for name in has["hidden"]), "hide L_tgt, worst seed", "length"], body)
 
