@@ -149,3 +149,29 @@ def test_accuracy_of_masked_audio(tmp_path, pictures):
                                 "random, 5 seeds": ([0, 10, 50], [0.9, 0.7, 0.3]),
                                 "top attention": ([0, 10, 50], [0.9, 0.6, 0.1])}
     assert [axis.get_title() for axis in (first, second)] == ["m", "n"]
+
+
+# ──────── GRPO beside MAPO ────────
+
+
+def test_comparison(tmp_path, pictures):
+    """The held-out curve as it is, a_t where it was measured, length as a mean of five steps."""
+    metrics = [{"step": s, "audio_mass_max_late": 0.1 if s == 1 else None,
+                "completion_length": float(s)} for s in range(1, 7)]
+    plots.draw_comparison({"GRPO": (metrics, [(0, 0.25), (6, 0.5)]),
+                           "MAPO": (metrics, [(0, 0.25), (6, 0.75)])}, tmp_path / "compare.png")
+    accuracy, mass, length = pictures["compare.png"].axes
+    assert curves_of(accuracy) == {"GRPO": ([0, 6], [0.25, 0.5]), "MAPO": ([0, 6], [0.25, 0.75])}
+    assert curves_of(mass)["MAPO"] == ([1], [0.1])
+    assert curves_of(length)["GRPO"] == ([1, 2, 3, 4, 5, 6], [1, 1.5, 2, 2.5, 3, 4])
+
+
+def test_study(tmp_path, pictures):
+    """One thin line per seed, and their mean with the name of the arm."""
+    row = lambda end: {"curve": [[0, 0.2], [20, end]], "late_mass": [[1, end]],
+                       "length": [[10, 40.0]]}
+    plots.draw_study({"GRPO": [row(0.2), row(0.4)]}, tmp_path / "study.png")
+    accuracy, mass, _ = pictures["study.png"].axes
+    assert [list(line.get_ydata()) for line in accuracy.lines[:2]] == [[0.2, 0.2], [0.2, 0.4]]
+    assert curves_of(accuracy)["GRPO"] == ([0, 20], [0.2, 0.3])
+    assert curves_of(mass)["GRPO"] == ([1], [0.3])

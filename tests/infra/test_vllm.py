@@ -209,9 +209,10 @@ def test_server_faults_in_the_middle_of_a_batch(world, tmp_path, monkeypatch):
 
 
 def flags_of(world, out, *more):
+    """Without top-k and top-p, so that the server samples from π_old itself."""
     return [ROOT / "recipes" / "toy_late.yaml", "--model", world / "model",
             "--data", world / "late" / "train.jsonl", "--output_dir", out, "--rollout", "vllm",
-            *more]
+            "--top_k", 0, "--top_p", 1.0, *more]
 
 
 def command(world, out, *more):
@@ -319,7 +320,7 @@ def test_a_benchmark_on_vllm(world, tmp_path):
                    for engine in ("local", "vllm"))
     assert len(there) == 40 and sum(here[i] == there[i] for i in here) >= 38
     report = json.loads((tmp_path / "vllm" / "report.json").read_text())
-    assert report["count"] == 40 and 0.2 < report["accuracy"] <= 1 and report["unreadable"] == {}
+    assert report["count"] == 40 and 0 < report["accuracy"] < 0.5 and report["unreadable"] == {}
     assert wait_for_end(server_group(tmp_path / "vllm" / "vllm.log"))
 
 
