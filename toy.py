@@ -302,18 +302,18 @@ def build_tokenizer(texts, vocab_size=4000):
     return tokenizer
 
 
-def thinker_config(tokenizer, hidden_size, layers, audio_size, std):
+def thinker_config(tokenizer, hidden_size, layers, audio_size, std, channels=16):
     """The configuration of a small thinker of Qwen3-Omni, the class of the 30B model.
 
     hidden_size and layers belong to the text decoder, audio_size is the width of the audio tower,
-    and std that of the random initial weights.
+    channels that of its convolutions, and std that of the random initial weights.
     """
     token = tokenizer.convert_tokens_to_ids
     head_dim = hidden_size // 4
     return Qwen3OmniMoeThinkerConfig(
         audio_config=dict(
             d_model=audio_size, encoder_layers=1, encoder_attention_heads=4, num_mel_bins=128,
-            encoder_ffn_dim=2 * audio_size, downsample_hidden_size=8, output_dim=hidden_size,
+            encoder_ffn_dim=2 * audio_size, downsample_hidden_size=channels, output_dim=hidden_size,
             n_window=50, n_window_infer=800),
         vision_config=dict(
             depth=1, hidden_size=16, num_heads=1, intermediate_size=16, image_size=64,
@@ -339,7 +339,7 @@ def build_model(tokenizer, hidden_size=64, layers=3):
 
     The decoder has one head per layer, so that the head which L_attn raises is the one that reads.
     """
-    config = thinker_config(tokenizer, hidden_size, layers, audio_size=64, std=0.05)
+    config = thinker_config(tokenizer, hidden_size, layers, 64, std=0.05, channels=8)
     text = config.text_config
     text.mlp_only_layers, text.intermediate_size = list(range(layers)), 96  # no experts
     text.num_attention_heads, text.num_key_value_heads, text.head_dim = 1, 1, hidden_size

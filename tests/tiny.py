@@ -18,9 +18,26 @@ CORPUS = ["Which sound comes first in the recording? "
           "I hear a bell, then a dog barks twice. The first sound is a bell."]
 
 
+# Clips first, then the text, as in the template of Qwen3-Omni. The toy's own drops the options.
+CHAT_TEMPLATE = """{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' }}
+{%- if message.content is string %}{{- message.content }}
+{%- else %}
+{%- for item in message.content %}
+{%- if item.type == 'audio' %}{{- '<|audio_start|><|audio_pad|><|audio_end|>' }}
+{%- else %}{{- item.text }}{%- endif %}
+{%- endfor %}
+{%- endif %}
+{{- '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+
+
 def build_tokenizer():
     """A tokenizer of 320 learnt and 12 added tokens. The first added one, 320, is <|im_end|>."""
-    return toy.build_tokenizer(2 * CORPUS, vocab_size=320)  # it merges only what occurs twice
+    tokenizer = toy.build_tokenizer(2 * CORPUS, vocab_size=320)  # it merges only what occurs twice
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
 
 
 def qwen3_omni(seed=0, layers=3, dtype=torch.float32, experts="grouped_mm", std=0.3):
