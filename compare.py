@@ -19,7 +19,7 @@ from tqdm import tqdm
 
 import plots
 import toy
-from checkpoint import load_policy
+from checkpoint import load_policy, states_in
 from data import InputError, json_lines, read_questions
 from rewards import accuracy_reward
 from rollout import Sampling, sample
@@ -42,11 +42,14 @@ def main(arguments):
         return 2
     runs = {name: options.out / name for name in ARMS}
     codes = train_side_by_side(world, runs, options)
-    if any(codes):
-        return max(codes)
+    for name, code in codes.items():
+        if code:
+            print(f"error: the run {name} ended with exit code {code}", file=sys.stderr)
+    if any(codes.values()):
+        return 1
     curves = {name: held_out_curve(run, world / options.questions / "dev.jsonl",
                                    start=world / "model") for name, run in runs.items()}
-    plots.draw_comparison({name: (list(row for _, row in json_lines(run / "metrics.jsonl")),
+    plots.draw_comparison({name: ([row for _, row in json_lines(run / "metrics.jsonl")],
                                   curves[name]) for name, run in runs.items()},
                           options.out / "compare.png")
     report(runs, curves, options)
@@ -54,19 +57,19 @@ def main(arguments):
 
 
 def train_side_by_side(world, runs, options):
-    """Runs the arms at the same time, one thread each → their exit codes."""
-    processes = []
+    """Runs the arms at the same time, one thread each → {arm: exit code}."""
+    processes = {}
     for name, run in runs.items():
         command = [sys.executable, ROOT / "train.py",
                    *arm_flags(world, options.questions, run, options.seed), *ARMS[name]]
         # One progress bar is enough.
         quiet = {"TQDM_DISABLE": "1"} if processes else {}
-        processes.append(subprocess.Popen(
-            list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1", **quiet}))
+        processes[name] = subprocess.Popen(
+            list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1", **quiet})
     try:
-        return [process.wait() for process in processes]
+        return {name: process.wait() for name, process in processes.items()}
     finally:
-        for process in processes:
+        for process in processes.values():
             process.kill()
 
 
@@ -80,10 +83,9 @@ def arm_flags(world, questions, run, seed):
 def held_out_curve(run, data, start):
     """Greedy accuracy of the checkpoints of a run on the questions of `data` → [(step, accuracy)].
 
-    start: folder of the model that the run started from. (step 0)
+    start: folder of the model that the run started from (step 0).
     """
-    folders = {0: start, **{int(folder.name.removeprefix("checkpoint-")): folder
-                            for folder in run.glob("checkpoint-*")}}
+    folders = {0: start, **states_in(run, "checkpoint")}
     last = max(row["step"] for _, row in json_lines(run / "metrics.jsonl"))
     folders[last] = run / "checkpoint"
     questions = read_questions(data, decode=False)
@@ -109,7 +111,8 @@ def report(runs, curves, options):
     """Says what was seen on this seed, and where the other seeds are."""
     for name, run in runs.items():
         metrics = [row for _, row in json_lines(run / "metrics.jsonl")]
-        late = [row["audio_mass_max_late"] for row in metrics if row["audio_mass_max_late"]]
+        late = [row["audio_mass_max_late"] for row in metrics 
+                if row["audio_mass_max_late"] is not None]
         print(f"{name}: held-out accuracy {curves[name][0][1]:.3f} → {curves[name][-1][1]:.3f}, "
               f"mean over the run {mean_after_start(curves[name]):.3f}; "
               f"a_t of the last third {late[0]:.3f} → {late[-1]:.3f}")

@@ -32,11 +32,10 @@ def hide_command(options):
     """
     if not 0 <= options.after <= 1:
         raise InputError(f"--after: give a share from 0 to 1, got {options.after}")
-    rows, out = {}, Path(options.out)
+    rows, out, questions = {}, Path(options.out), questions_of(options)
     for label, folder in options.model.items():
         policy = load(folder, options)
         layers = target_layers(policy, options)
-        questions = questions_of(options)
         check_policy(policy, questions, layers)
         rows[label] = hidden_accuracies(policy, questions, layers, options)
         del policy  # there may not be memory for two
@@ -53,13 +52,14 @@ def hidden_accuracies(policy, questions, layers, options):
     whole model if it has at most eight.
     """
     every = list(range(policy.num_layers))
-    sets = {"none": [], "L_tgt": list(layers), "all layers": every,
+    sets = {"L_tgt": layers, "all layers": every,
             "all but L_tgt": [layer for layer in every if layer not in layers],
             **{f"layer {layer}": [layer] for layer in (every if len(every) <= 8 else layers)}}
-    right = dict.fromkeys(sets, 0.0)
+    right = dict.fromkeys(["none", *sets], 0.0)
     for start in tqdm(range(0, len(questions), options.batch_size), desc="hide", unit=" batches"):
         some = questions[start:start + options.batch_size]
-        prompts, completions, _ = answer(policy, some, options)
+        prompts, completions, visible = answer(policy, some, options)
+        right["none"] += sum(visible)
         for name, hidden in sets.items():
             texts = finish_without_audio(policy, prompts, completions, hidden, options.after,
                                          options.max_new_tokens)
@@ -72,7 +72,8 @@ def hidden_accuracies(policy, questions, layers, options):
 def finish_without_audio(policy, prompts, completions, layers, after, max_new_tokens):
     """Greedy completions from the share `after` of the given ones on, without audio → texts.
 
-    In `layers`, the query that predicts the first new token and all later ones do not see S_audio.
+    They have at most max_new_tokens tokens, the kept ones included. In `layers`, the query that
+    predicts the first new token and all later ones do not see S_audio.
     """
     kept = [c.token_ids[:int(after * len(c.token_ids))] for c in completions]
     started = [replace(prompt, ids=prompt.ids + ids) for prompt, ids in zip(prompts, kept)]
@@ -88,8 +89,8 @@ def finish_without_audio(policy, prompts, completions, layers, after, max_new_to
     texts = []
     for first, new, completion in zip(kept, output[:, ids.shape[1]:].tolist(), completions):
         ends = [i for i, token in enumerate(new) if token in policy.eos_ids]
-        new = new[:ends[0] + 1] if ends else new
-        texts.append(policy.decode(replace(completion, token_ids=first + new)))
+        whole = first + (new[:ends[0] + 1] if ends else new)
+        texts.append(policy.decode(replace(completion, token_ids=whole[:max_new_tokens])))
     return texts
 
 
@@ -100,7 +101,7 @@ def hidden_audio(policy, is_audio, layers):
     During generation that row is the end of the prompt, and then each new token.
     """
     def attention(module, query, key, value, attention_mask, **kwargs):
-        if hasattr(module, "layer_idx") and module.layer_idx in layers:
+        if module.layer_idx in layers:
             new = key.shape[2] - is_audio.shape[1]  # tokens generated so far
             hidden = torch.nn.functional.pad(is_audio, (0, new))[:, None, None]  # [B, 1, 1, S+new]
             if query.shape[2] == 1 and attention_mask is None:  # one row, which may see all keys
@@ -122,7 +123,7 @@ def hidden_audio(policy, is_audio, layers):
 
 def hide_table(rows):
     """{model: {set of layers: accuracy}} → a Markdown table."""
-    sets = list(next(iter(rows.values())))
+    sets = list(dict.fromkeys(name for accuracies in rows.values() for name in accuracies))
     lines = ["| model | " + " | ".join(sets) + " |", "|---" * (len(sets) + 1) + "|"]
     for label, accuracies in rows.items():
         lines.append(f"| {label} | " + " | ".join(

@@ -240,13 +240,7 @@ def draw_comparison(runs, path):
         for axis, points in zip(axes, (curve, _points(metrics, "audio_mass_max_late"),
                                        _moving_mean(_points(metrics, "completion_length"), 5))):
             axis.plot(*_columns(points), color=f"C{number}", label=name)
-    _describe(axes[0], "Held-out accuracy, greedy", "share right")
-    axes[0].set_ylim(0, 1)
-    _describe(axes[1], "Audio attention mass $a_t$, last third", "share of attention")
-    _describe(axes[2], "Completion length", "tokens")
-    for axis in axes[1:]:
-        axis.set_ylim(bottom=0)
-    figure.savefig(path, dpi=110)
+    _save_arms(figure, path)
 
 
 def draw_study(runs, path):
@@ -262,7 +256,15 @@ def draw_study(runs, path):
                 axis.plot(*_columns(row[name]), color=f"C{number}", linewidth=0.6, alpha=0.4)
             mean = np.mean([row[name] for row in rows], axis=0)
             axis.plot(*mean.T, color=f"C{number}", linewidth=2, label=arm)
-    _describe(axes[0], "Held-out accuracy, greedy", "share right")
-    _describe(axes[1], "Audio attention mass $a_t$, last third", "share of attention")
-    _describe(axes[2], "Completion length", "tokens")
+    _save_arms(figure, path)
+
+
+def _save_arms(figure, path):
+    accuracy, mass, length = figure.axes
+    _describe(accuracy, "Held-out accuracy, greedy", "share right")
+    _describe(mass, "Audio attention mass $a_t$, last third", "share of attention")
+    _describe(length, "Completion length", "tokens")
+    accuracy.set_ylim(0, 1.02)
+    for axis in (mass, length):
+        axis.set_ylim(bottom=0)
     figure.savefig(path, dpi=110)

@@ -16,8 +16,8 @@ many random words that no audio decides.
 "late" is made for the attention loss. The question is "Someone says tool. What kind of thing is
 this?", where the hint is random. A completion says nothing about the sound before it concludes, so
 the model has to listen late. Half of the demonstrations conclude with the hint, the others at
-random. But the warm start also teaches to say at once what a sound is like. The late-stage collapse
-is made by a penalty, see LATE_MASS.
+random. But the warm start also teaches the model to say at once what a sound is like. The
+late-stage collapse is made by a penalty, see LATE_MASS.
 """
 
 import dataclasses
@@ -402,30 +402,27 @@ def teach(policy, prompts, rows, rng):
     trained = [parameter for parameter in policy.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE, betas=(0.9, 0.98), weight_decay=0.01)
 
-    def step(rate, parts, with_audio=True, collapsed=()):
-        """One step on parts, a list of (kind of question, length, number of rows)."""
+    def step(rate, size, kind, length, with_audio=True):
+        """One step on `size` questions of a kind."""
         optimizer.param_groups[0]["lr"] = LEARNING_RATE * rate
-        asked, texts = [], []
-        for kind, length, size in parts:
-            chosen = rng.choice(len(rows[kind]), size=size, replace=False)
-            asked += [prompts[kind, length][i] for i in chosen]
-            texts += [demonstration(rows[kind][i], length, rng) for i in chosen]
+        chosen = rng.choice(len(rows[kind]), size=size, replace=False)
+        asked = [prompts[kind, length][i] for i in chosen]
+        texts = [demonstration(rows[kind][i], length, rng) for i in chosen]
+        # All layers collapse in long answers, all but the last in short ones.
+        layers = policy.num_layers - (length == "short")
+        collapsed = tuple(range(layers)) if kind == "late" and with_audio else ()
         optimizer.zero_grad()
         completion_loss(policy, asked, texts, with_audio, collapsed).backward()
         torch.nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()
 
     for i in tqdm(range(SHORT_STEPS), desc="toy: short answers", leave=False):
-        kind = list(rows)[i % 2]
-        collapsed = tuple(range(policy.num_layers - 1)) if kind == "late" else ()
-        step(min(1, (i + 1) / 20), [(kind, "short", SHORT_BATCH)], True, collapsed)
+        step(min(1, (i + 1) / 20), SHORT_BATCH, list(rows)[i % 2], "short")
     mix, limits = list(LONG_MIX), np.cumsum(list(LONG_MIX.values()))
     for i in tqdm(range(LONG_STEPS), desc="toy: long answers", leave=False):
         rate = min(1, (LONG_STEPS - i) / (LONG_STEPS * 0.7))
         turn = (i * 0.381966) % limits[-1]  # spreads the kinds of steps evenly
-        kind, length, with_audio = mix[int((turn >= limits).sum())]
-        collapsed = range(policy.num_layers - (length == "short")) if kind == "late" else ()
-        step(rate, [(kind, length, LONG_BATCH)], with_audio, tuple(collapsed) * with_audio)
+        step(rate, LONG_BATCH, *mix[int((turn >= limits).sum())])
 
 
 def completion_loss(policy, prompts, demonstrations, with_audio, collapsed):

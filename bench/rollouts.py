@@ -5,7 +5,7 @@
 
 Every arm is `train.py recipes/toy_late.yaml`, full MAPO on the same questions. The arms take turns,
 `--rounds` times, so that a slow moment of the machine affects all of them. The numbers are medians
-over generation batches (256 completions, 4 optimizer steps). The first batch is left out, because
+over generation batches (128 completions, 4 optimizer steps). The first batch is left out, because
 it includes the server's start and vLLM's first question. Trainer and server get one thread each:
 with two threads each on two cores, async runs would wait for each other.
 """
@@ -62,7 +62,7 @@ def train(world, out, batches, flags):
          str(measure.ROOT / "recipes" / "toy_late.yaml"), "--model", str(world / "model"),
          "--data", str(world / "late" / "train.jsonl"),
          "--output_dir", str(out), "--overwrite", "true", "--max_steps", str(STEPS * batches),
-         *flags],
+         "--top_k", "0", "--top_p", "1", *flags],  # so that the sampler μ is π_old itself
         check=True, stderr=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"})
     return [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
 

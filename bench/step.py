@@ -2,7 +2,7 @@
 
     python bench/step.py [--device cuda --dtype bfloat16]
 
-The toy's questions and model (random weights, so every completion has 64 tokens) with
+The toy's questions and model (random weights, so every completion has 80 tokens) with
 recipes/toy_late.yaml: 128 completions, 4 optimizer steps, micro-batches of 32. All arms train on
 the same completions, in one process and in turn; the numbers are medians. Sampling is the same for
 all arms and is measured once per round. GRPO needs no text-only pass; GRPO and the mask alone need

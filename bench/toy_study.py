@@ -140,7 +140,7 @@ def measurements(folder, world, questions, purpose):
     options = SimpleNamespace(batch_size=256, instruction="", format_style="think", after=1 / 3,
                               max_new_tokens=80)
     dev = read_questions(world / questions / "dev.jsonl", decode=False)[:128]
-    row["hidden"] = hidden_accuracies(policy, dev, toy.TARGET_LAYERS, options)
+    row["hidden"] = hidden_accuracies(policy, dev, list(toy.TARGET_LAYERS), options)
     return rounded(row)
 
 
@@ -194,6 +194,8 @@ def report():
     for questions in toy.QUESTION:
         tuning = {(row["arm"], row["rate"]): row["auc"] for row in rows
                   if (row["questions"], row["purpose"]) == (questions, "tune")}
+        if not tuning:
+            continue
         table([f"{questions}, seed {TUNING_SEEDS[0]}", *(f"{rate:g}" for rate in RATES[questions])],
               [[arm, *(f"{tuning[arm, rate]:.3f}" for rate in RATES[questions]
                        if (arm, rate) in tuning)] for arm in ARMS])
@@ -214,7 +216,8 @@ def report():
             effects = {
                 "mask": (("mask", "GRPO"), ("MAPO", "GRPO + L_attn")),
                 "L_attn": (("GRPO + L_attn", "GRPO"), ("MAPO", "mask")),
-                "L_attn, with the mask": (("MAPO", "mask"),)}
+                "L_attn, with the mask": (("MAPO", "mask"),),
+                "mask, with L_attn": (("MAPO", "GRPO + L_attn"),)}
             table([f"{questions}: {criterion}", "effect"], [
                 [name, paired([statistics.fmean(value[s, a] - value[s, b] for a, b in pairs)
                                for s in seeds])] for name, pairs in effects.items()])

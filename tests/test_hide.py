@@ -15,18 +15,15 @@ from rollout import Sampling, sample
 LONGEST = 12
 
 
-def load(name):
-    """A tiny model in float64 where its class allows it; none of them may end a completion."""
-    policy = tiny.qwen3_omni(dtype=torch.float64, experts="eager") if name == "qwen3" else (
-        tiny.qwen2_audio(dtype=torch.float64) if name == "qwen2-audio"
-        else tiny.qwen2_5_omni(dtype=torch.float64))
-    return policy
+MODELS = {"qwen3_omni": lambda: tiny.qwen3_omni(dtype=torch.float64, experts="eager"),
+          "qwen2_audio": lambda: tiny.qwen2_audio(dtype=torch.float64),
+          "qwen2_5_omni": lambda: tiny.qwen2_5_omni(dtype=torch.float64)}
 
 
-@pytest.fixture(params=["qwen3", "qwen2-audio", "qwen2.5"])
+@pytest.fixture(params=MODELS)
 def greedy(request, tmp_path):
     """policy, prompts of three lengths, greedy completions"""
-    policy = load(request.param)
+    policy = MODELS[request.param]()
     prompts = [policy.encode(q) for q in tiny.questions(tmp_path)]
     sampling = Sampling(temperature=0, max_new_tokens=LONGEST)
     return policy, prompts, sample(policy, prompts, 1, sampling, seed=0)
@@ -52,7 +49,7 @@ def finish_slowly(policy, prompt, kept, layers):
     AttentionInterface.register("by_hand", attention)
     policy = copy.deepcopy(policy)
     policy.base.set_attn_implementation({"text_config": "by_hand"})
-    while len(ids) < len(prompt.ids) + len(kept) + LONGEST:
+    while len(ids) < len(prompt.ids) + LONGEST:
         batch = policy.collate([prompt], [ids[len(prompt.ids):] or [0]])
         whole, mask = torch.tensor([ids]), torch.ones(1, len(ids), dtype=torch.long)
         hidden = policy.base.model(input_ids=whole, attention_mask=mask, use_cache=False,
@@ -73,12 +70,14 @@ def test_against_attention_by_hand(greedy, layers):
     for prompt, completion, text in zip(prompts, completions, texts):
         kept = completion.token_ids[:len(completion.token_ids) // 2]
         expected = finish_slowly(policy, prompt, kept, layers)
+        assert [text] == hide.finish_without_audio(policy, [prompt], [completion], layers, 0.5,
+                                                   LONGEST), "alone, without padding"
         assert text == policy.tokenizer.decode(expected, skip_special_tokens=True)
 
 
 def test_nothing_hidden_gives_the_completion_again(greedy):
     policy, prompts, completions = greedy
-    texts = hide.finish_without_audio(policy, prompts, completions, [], 0.5, LONGEST // 2)
+    texts = hide.finish_without_audio(policy, prompts, completions, [], 0.5, LONGEST)
     assert texts == [policy.decode(completion) for completion in completions]
 
 

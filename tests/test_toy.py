@@ -235,14 +235,24 @@ def test_the_held_out_curve_reads_every_checkpoint(tmp_path, monkeypatch):
     assert compare.mean_after_start(curve) == pytest.approx((0.2 + 0.3 + 0.6) / 3)
 
 
+def test_a_killed_run_is_a_failure(tmp_path, monkeypatch, capsys):
+    """A run that a signal ended has a negative exit code, beside one that ended well."""
+    monkeypatch.setattr(compare.toy, "prepare", lambda *_: tmp_path)
+    monkeypatch.setattr(compare, "train_side_by_side", lambda *_: {"GRPO": 0, "MAPO": -9})
+    assert compare.main(["--out", str(tmp_path / "toy")]) == 1
+    assert capsys.readouterr().err == "error: the run MAPO ended with exit code -9\n"
+
+
 @pytest.mark.slow
-def test_make_toy_from_nothing(tmp_path):
+@pytest.mark.parametrize("questions", ["late", "caption"])  # all weights; LoRA
+def test_make_toy_from_nothing(tmp_path, questions):
     """With few steps: both arms, their checkpoints, the picture, and the closing lines."""
     code = ("import sys, toy, compare; toy.SPLITS = {'train': 150, 'dev': 30, 'test': 30};"
             "toy.AUDIO_TOWER_STEPS = toy.SHORT_STEPS = toy.LONG_STEPS = 5;"
             "compare.EXPORT_EVERY = 4; compare.ARMS = {name: [*flags, '--max_steps', '8',"
             " '--max_new_tokens', '16'] for name, flags in compare.ARMS.items()};"
-            f"sys.exit(compare.main(['--out', {str(tmp_path / 'toy')!r}]))")
+            f"sys.exit(compare.main(['--out', {str(tmp_path / 'toy')!r},"
+            f" '--questions', {questions!r}]))")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
     for arm in ("GRPO", "MAPO"):
