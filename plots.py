@@ -267,4 +267,6 @@ def _save_arms(figure, path):
     accuracy.set_ylim(0, 1.02)
     for axis in (mass, length):
         axis.set_ylim(bottom=0)
+    for axis in (accuracy, length):
+        axis.get_legend().remove()  # it would cover curves; that of the middle panel is enough
     figure.savefig(path, dpi=110)
