@@ -1,5 +1,5 @@
-"""The server on a real vLLM, with the toy's checkpoint: what it samples, what a push changes, and
-what is left of it when something is killed. Skipped unless vLLM's environment exists."""
+"""The server on a real vLLM: what it samples, what a push changes, and what is left of it when
+something is killed. Skipped unless vLLM's environment exists."""
 
 import json
 import os
@@ -15,12 +15,13 @@ import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import (PreTrainedTokenizerFast, Qwen3Config, Qwen3ForCausalLM,
+                          Qwen3OmniMoeThinkerForConditionalGeneration,
                           RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper,
                           TopKLogitsWarper, TopPLogitsWarper)
 
 import evaluate
 import model
-from checkpoint import load_policy
+from checkpoint import load_policy, make_policy, save_policy
 from config import TrainConfig
 import server as server_module
 import toy
@@ -49,11 +50,28 @@ def load(world, count=8):
 
 
 @pytest.fixture(scope="module")
-def served(world, tmp_path_factory):
+def experts(world, tmp_path_factory):
+    """A folder like `world`, whose model has experts and random weights.
+
+    The toy's own decoder is dense. vLLM loads and reloads experts in another way.
+    """
+    folder = tmp_path_factory.mktemp("experts")
+    toy_policy = load_policy(world / "model")
+    torch.manual_seed(0)
+    thinker = Qwen3OmniMoeThinkerForConditionalGeneration(toy.thinker_config(
+        toy_policy.tokenizer, hidden_size=128, layers=3, audio_size=64, std=0.15))
+    policy = make_policy(thinker, toy_policy.tokenizer, toy_policy.feature_extractor)
+    save_policy(policy, folder / "model")
+    (folder / "late").symlink_to(world / "late")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def served(experts, tmp_path_factory):
     """(server, a folder for pushes). A test that changes the policy pushes its weights."""
     folder = tmp_path_factory.mktemp("served")
     command = Command(python=PYTHON, log=folder / "vllm.log", flags=FLAGS)
-    with Server(world / "model", command) as server:
+    with Server(experts / "model", command) as server:
         yield server, folder
         group = server.process.pid
     assert wait_for_end(group)
@@ -94,14 +112,14 @@ def server_group(log):
 # ──────── sampling and pushing ────────
 
 
-def test_log_probs_before_and_after_pushes(world, served):
+def test_log_probs_before_and_after_pushes(experts, served):
     """Equal prompt ids (or sample raises) and log-probs within 1e-4 in fp32, with experts.
 
     Before a push, after it, and after a second one; with temperature, top-k, top-p and a repetition
     penalty.
     """
     server, folder = served
-    policy, prompts = load(world, 6)
+    policy, prompts = load(experts, 6)
     for version in range(3):
         if version:
             change_weights(policy, version)
@@ -117,28 +135,27 @@ def test_log_probs_before_and_after_pushes(world, served):
     sampling = Sampling(temperature=1.0, repetition_penalty=1.2, max_new_tokens=40)
     completions = sample(policy, prompts, 2, sampling, seed=9, server=server)
     assert gap(policy, prompts, completions, sampling) < 1e-4
-    old, _ = load(world, 1)
+    old, _ = load(experts, 1)
     assert gap(old, prompts, completions, sampling) > 0.1  # the weights did change
 
 
-def test_greedy_on_the_server_is_greedy_here(world, served):
+def test_greedy_on_the_server_is_greedy_here(experts, served):
     server, folder = served
-    policy, prompts = load(world)
+    policy, prompts = load(experts)
     push_weights(server, policy, folder / "weights", 10)
     greedy = Sampling(temperature=0, max_new_tokens=60)
     there, here = (sample(policy, prompts, 1, greedy, seed=0, server=s) for s in (server, None))
     assert [c.token_ids for c in there] == [c.token_ids for c in here]
-    reasons = ["stop"] * len(prompts)
-    assert [c.finish_reason for c in there] == [c.finish_reason for c in here] == reasons
+    assert [c.finish_reason for c in there] == [c.finish_reason for c in here]
 
 
-def test_check_push_finds_a_corrupting_push(world, served, monkeypatch):
+def test_check_push_finds_a_corrupting_push(experts, served, monkeypatch):
     """vLLM's own reload_weights answers 200 and leaves a CPU server's experts wrong.
 
     check_push raises, with both means. A push through our worker extension repairs the server.
     """
     server, folder = served
-    policy, prompts = load(world, 4)
+    policy, prompts = load(experts, 4)
     change_weights(policy, 20)
     with monkeypatch.context() as patch:
         patch.setattr(server_module, "reload_call", lambda folder: {
@@ -260,7 +277,7 @@ def test_train_on_vllm_asynchronously(world, tmp_path):
     test_four_nodes_the_last_of_which_serves trains in sync.
     """
     versions = [0] * 8 + [4]
-    more = ("--max_steps", 9, "--async_rollouts", "true")
+    more = ("--max_steps", 9, "--async_rollouts", "true", "--learning_rate", 5e-4)
     run = subprocess.run(command(world, tmp_path / "run", *more), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     metrics = lines(tmp_path / "run" / "metrics.jsonl")
