@@ -128,8 +128,11 @@ def make_policy(model, tokenizer, feature_extractor, folder=None, full_config=No
                 saved_dtype=None):
     """A Policy around a transformers model, in eval mode.
 
-    Its text decoder gets our attention function; the audio encoder keeps its own.
+    Its text decoder gets our attention function; the audio encoder keeps its own. cuDNN's attention
+    is turned off for the process: its backward makes NaN on Hopper GPUs with torch 2.13
+    (pytorch#196678, for rows whose keys are all masked).
     """
+    torch.backends.cuda.enable_cudnn_sdp(False)
     model.set_attn_implementation({"text_config": "audio_mass"})
     return Policy(model, tokenizer, feature_extractor, folder, full_config, saved_dtype).eval()
 

@@ -106,6 +106,9 @@ class TrainConfig(MapoConfig):
     lora_alpha: int = described(512, "LoRA α (release)")
     freeze_audio_tower: bool = described(
         True, "do not train the audio encoder and its projection (ours)")
+    fp32_head: bool = described(
+        True, "compute the logits' product in fp32 when the model is in bf16, here and on the vLLM "
+        "server (ours)")
     gradient_checkpointing: bool = described(
         True, "recompute activations in the backward pass (ours)")
     offload_reference: bool = described(

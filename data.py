@@ -367,9 +367,10 @@ class Prompt:
     question: Question
     ids: list[int]
     text_ids: list[int]
-    features: tuple  # log-mel tensors, one [mel bins, F] per clip
+    features: tuple  # log-mel tensors, one [mel bins, F] per clip; () once they are encoded
     frames: tuple[int, ...]  # how many of the F frames of each clip are audio; the rest is padding
     instruction: str = ""
+    embeddings: object = None  # tensor [audio tokens, D] in place of features, see model.py
 
 
 def load_clip(path, extractor, model_type):

@@ -32,7 +32,8 @@ from data import (SAMPLE_RATE, InputError, audio_token_count, json_lines, load_a
 from mapo import (MapoConfig, audio_attention_mass, differential_entropy, inverse_relevance_weight,
                   relevance_mask)
 from metrics import continue_log
-from model import allowed_keys, attention_weights, mass_rows, positions
+from attention import allowed_keys, attention_weights, mass_rows
+from model import positions
 from pos_gate import POS_TARGETS, load_tagger, pos_gate_batch, token_tags
 from rewards import accuracy_reward
 from rollout import Sampling, sample

@@ -20,7 +20,7 @@ from transformers.masking_utils import sdpa_mask
 
 from data import InputError, write_whole
 from diagnostics import answer, load, questions_of, target_layers
-from model import allowed_keys
+from attention import allowed_keys
 from rewards import accuracy_reward
 from run import check_policy
 

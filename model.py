@@ -14,21 +14,20 @@ policy that is optimised would not be the one that is sampled).
 mapo.py has the textbook form of these quantities. The forms here give the same numbers (tests check
 it) without keeping anything of size [T, vocabulary] or [heads, T, keys]: logits exist a block of
 columns at a time, and the backward computes them again. Attention keeps its fused kernel; the mass
-is computed beside it, in the target layers only.
+is computed beside it, in the target layers only (attention.py).
 """
 
+import dataclasses
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
 from jinja2 import TemplateError
 from torch.autograd.function import once_differentiable
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import create_bidirectional_mask
 
+from attention import at_least_float32
 from data import InputError, Prompt, audio_token_count, conversation, load_clip, log_mel
-from mapo import head_audio_mass
 from pos_gate import FORMAT_TAG
 
 LOGIT_COLUMNS = 4096  # columns of logits that exist at a time: 16 MiB in fp32 for 1,024 tokens
@@ -49,7 +48,9 @@ class Batch:
     input_ids: torch.Tensor  # [B, P+T]
     attention_mask: torch.Tensor  # [B, P+T], 0 on padding on either side
     completion_mask: torch.Tensor  # [B, T] bool
-    audio: dict[str, torch.Tensor]  # keyword arguments of the model's forward; empty for text only
+    # Keyword arguments of the model's forward; or `embeddings`, [audio tokens, D], of the frozen
+    # audio encoder; or empty, for text only.
+    audio: dict[str, torch.Tensor]
 
     def to(self, device):
         return Batch(*(x.to(device) for x in (self.input_ids, self.attention_mask,
@@ -70,6 +71,7 @@ class Policy(torch.nn.Module):
         self.folder = folder  # the checkpoint that it was loaded from
         self.full_config = full_config  # of the whole Omni model, if the folder holds one
         self.saved_dtype = saved_dtype or self.base.dtype  # of the folder; training may be wider
+        self.fp32_head = True  # logits leave the head's product in fp32, see logit_block
         config = self.base.config
         self.num_layers = config.get_text_config().num_hidden_layers
         self.audio_token_id = config.audio_token_id
@@ -100,20 +102,20 @@ class Policy(torch.nn.Module):
         batch = batch.to(self.device)
         completion = batch.completion_mask.shape[1]  # T
         first = batch.input_ids.shape[1] - completion - 1  # the position that predicts y_1
-        mass_arguments = {}  # they reach attention_with_mass, below
+        mass_arguments = {}  # they reach attention.attention_with_mass
         if target_layers:
             # S_audio is the placeholders alone, without the start and end markers.
             mass_arguments = {"output_attentions": True, "mass_layers": tuple(target_layers),
                               "mass_first_row": first,
                               "mass_keys": batch.input_ids == self.audio_token_id}
         output = self.base.model(
-            input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False,
-            position_ids=positions(batch.attention_mask), **batch.audio, **mass_arguments)
+            **self.model_inputs(batch.input_ids, batch.audio), attention_mask=batch.attention_mask,
+            position_ids=positions(batch.attention_mask), use_cache=False, **mass_arguments)
         hidden = output.last_hidden_state[:, first:-1]  # positions that predict y_1..y_T  [B, T, D]
         mask = batch.completion_mask
         targets = batch.input_ids[:, -completion:]  # [B, T]
         token_logp, token_entropy = token_statistics(  # both [tokens of all completions]
-            hidden[mask], self.base.lm_head, targets[mask], temperature)
+            hidden[mask], self.base.lm_head, targets[mask], temperature, self.fp32_head)
         logp = token_logp.new_zeros(mask.shape).masked_scatter(mask, token_logp)  # [B, T]
         entropy = token_entropy.new_zeros(mask.shape).masked_scatter(mask, token_entropy)
         if not target_layers:
@@ -122,6 +124,22 @@ class Policy(torch.nn.Module):
         # which transformers drops. The last position, whose input is y_T, predicts nothing.
         head_mass = torch.stack(output.attentions)[..., :completion]  # [L, B, H, T]
         return Statistics(logp, entropy, head_mass.masked_fill(~mask[None, :, None], 0))
+
+    def model_inputs(self, ids, audio):
+        """Token ids [B, S] and Batch.audio → keyword arguments of the transformers model.
+
+        Audio embeddings take the place of the placeholders' embeddings, in order.
+        """
+        if "embeddings" not in audio:
+            return {"input_ids": ids, **audio}
+        embeddings = self.base.get_input_embeddings()(ids)  # [B, S, D]
+        is_audio = (ids == self.audio_token_id)[..., None]
+        return {"inputs_embeds": embeddings.masked_scatter(is_audio,
+                                                           audio["embeddings"].to(embeddings))}
+
+    def logits(self, hidden):
+        """The head's whole logits at temperature 1, for sampling: [N, D] → [N, V]."""
+        return logit_block(hidden, self.base.lm_head.weight, 1.0, self.fp32_head)
 
     # ──────── from questions to tensors ────────
 
@@ -146,6 +164,22 @@ class Policy(torch.nn.Module):
             ids += [token] * (next(count) if token == self.audio_token_id else 1)
         text_ids = self._render(question, instruction, with_audio=False)
         return Prompt(question, ids, text_ids, features, frames, instruction)
+
+    @torch.no_grad()
+    def encode_audio(self, prompts):
+        """Runs the audio encoder and its projection → the prompts with embeddings, on the CPU.
+
+        The embeddings replace the features. They serve every forward as long as the encoder is
+        frozen: each clip is then encoded once, for all completions, π_old, π_ref and the updates.
+        """
+        counts = [self._audio_tokens(prompt) for prompt in prompts]
+        audio = {name: x.to(self.device) for name, x in self._pad_features(prompts).items()}
+        embeddings = audio_embeddings(self.base, **audio).cpu().split(counts)  # of [tokens, D]
+        return [dataclasses.replace(prompt, features=(), embeddings=part.clone())
+                for prompt, part in zip(prompts, embeddings, strict=True)]
+
+    def _audio_tokens(self, prompt):
+        return sum(audio_token_count(n, self.base.config.model_type) for n in prompt.frames)
 
     def _render(self, question, instruction, with_audio):
         messages = conversation(question, with_audio, instruction)
@@ -177,20 +211,28 @@ class Policy(torch.nn.Module):
             start, end = prompt_length - len(prompt), prompt_length + len(completion)
             ids[row, start:end] = torch.tensor(prompt + list(completion))
             attention_mask[row, start:end] = 1
-        audio = {} if text_only else self._pad_features(prompts, ids[:, :prompt_length])
+        audio = {} if text_only else self._audio(prompts, ids[:, :prompt_length])
         if (ids[:, prompt_length:] == self.audio_token_id).any():
             raise ValueError("a completion holds an audio placeholder; the sampler must ban "
                              "policy.placeholder_ids")
         return Batch(ids, attention_mask, attention_mask[:, prompt_length:].bool(), audio)
 
-    def _pad_features(self, prompts, ids):
-        frames = [n for p in prompts for n in p.frames]
-        expected = sum(audio_token_count(n, self.base.config.model_type) for n in frames)
-        found = int((ids == self.audio_token_id).sum())
+    def _audio(self, prompts, ids):
+        """→ Batch.audio: the embeddings of encode_audio, or else padded features."""
+        encoded = prompts[0].embeddings is not None
+        made = ([len(p.embeddings) for p in prompts] if encoded
+                else map(self._audio_tokens, prompts))
+        expected, found = sum(made), int((ids == self.audio_token_id).sum())
         if found != expected:
             raise InputError(f"questions {prompts[0].question.id} … {prompts[-1].question.id}: "
                              f"the prompts hold {found} audio placeholders, the features make "
                              f"{expected} audio tokens; encode the questions with this policy")
+        if encoded:
+            return {"embeddings": torch.cat([p.embeddings for p in prompts])}
+        return self._pad_features(prompts)
+
+    def _pad_features(self, prompts):
+        frames = [n for p in prompts for n in p.frames]
         clips = [clip for p in prompts for clip in p.features]
         longest = max(clip.shape[1] for clip in clips)  # F
         features = torch.stack([torch.nn.functional.pad(clip, (0, longest - clip.shape[1]))
@@ -220,6 +262,25 @@ def positions(attention_mask):
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
+def audio_embeddings(model, input_features, feature_attention_mask):
+    """What the decoder reads at the placeholders → [audio tokens of all clips, D].
+
+    input_features [clips, mel bins, F], feature_attention_mask [clips, F].
+    """
+    if hasattr(model, "get_audio_features"):
+        return model.get_audio_features(
+            input_features, feature_attention_mask=feature_attention_mask).last_hidden_state
+    # Qwen2-Audio has no such method; its forward does this.
+    tower, projector = model.model.audio_tower, model.model.multi_modal_projector
+    frames, tokens = tower._get_feat_extract_output_lengths(feature_attention_mask.sum(-1))
+    longest = (input_features.shape[-1] - 2) // 2 + 1  # frames after the convolutions
+    inside = torch.arange(longest, device=frames.device) < frames[:, None]  # [clips, frames]
+    mask = create_bidirectional_mask(config=tower.config, attention_mask=inside.long(),
+                                     inputs_embeds=input_features.new_zeros(*inside.shape, 1))
+    made = projector(tower(input_features, attention_mask=mask).last_hidden_state)
+    return made[torch.arange(made.shape[1], device=made.device) < tokens[:, None]]
+
+
 def _eos_ids(model, tokenizer):
     """Ids that end a completion: those of generation_config.json, and the tokenizer's own."""
     config = model.generation_config
@@ -231,12 +292,13 @@ def _eos_ids(model, tokenizer):
 # ──────── log-prob and entropy without [T, V] ────────
 
 
-def token_statistics(hidden, lm_head, token_ids, temperature):
+def token_statistics(hidden, lm_head, token_ids, temperature, fp32_head=True):
     """log softmax(z)[y] and H(softmax(z)) with z = lm_head(hidden) / temperature, for N rows.
 
     Equals mapo.token_logp(z, token_ids) and mapo.token_entropy(z) without keeping z [N, V].
     hidden [N, D], lm_head a Linear without bias, token_ids [N] → logp [N] (with gradient) and
-    entropy [N] (detached), both in nats and fp32 (fp64 for fp64 models).
+    entropy [N] (detached), both in nats and fp32 (fp64 for fp64 models). For fp32_head see
+    logit_block.
     Raises ValueError for a head with a bias and for a token id outside the vocabulary (as −100).
     Needs TokenStatistics, logit_block, at_least_float32, LOGIT_COLUMNS,
     `from torch.autograd.function import once_differentiable`.
@@ -247,7 +309,7 @@ def token_statistics(hidden, lm_head, token_ids, temperature):
     if ((token_ids < 0) | (token_ids >= len(weight))).any():
         raise ValueError(f"token_statistics: token_ids must be from 0 to {len(weight) - 1}; leave "
                          "out positions that are padding")
-    return TokenStatistics.apply(hidden.to(weight.dtype), weight, token_ids, temperature)
+    return TokenStatistics.apply(hidden.to(weight.dtype), weight, token_ids, temperature, fp32_head)
 
 
 class TokenStatistics(torch.autograd.Function):
@@ -260,13 +322,13 @@ class TokenStatistics(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, hidden, weight, token_ids, temperature):
+    def forward(ctx, hidden, weight, token_ids, temperature, fp32_head=True):
         dtype = at_least_float32(hidden[:0]).dtype
         largest = hidden.new_full((len(hidden),), float("-inf"), dtype=dtype)  # max z so far  [N]
         # Σ e^(z − max), Σ e^(z − max)·z, z_y  [N] each
         total, weighted, chosen = hidden.new_zeros(3, len(hidden), dtype=dtype)
         for start in range(0, len(weight), LOGIT_COLUMNS):
-            z = logit_block(hidden, weight[start:start + LOGIT_COLUMNS], temperature)
+            z = logit_block(hidden, weight[start:start + LOGIT_COLUMNS], temperature, fp32_head)
             before, largest = largest, torch.maximum(largest, z.amax(dim=-1))  # z: [N, columns]
             column = token_ids - start  # of y in this block, if it is here
             here = (column >= 0) & (column < z.shape[1])
@@ -277,7 +339,7 @@ class TokenStatistics(torch.autograd.Function):
             weighted = weighted * rescale + exp.mul_(z).sum(dim=-1)
         log_z = largest + total.log()  # ln Σ e^z
         ctx.save_for_backward(hidden, weight, token_ids, log_z)
-        ctx.temperature = temperature
+        ctx.temperature, ctx.fp32_head = temperature, fp32_head
         entropy = log_z - weighted / total  # H = ln Σ e^z − E[z]
         ctx.mark_non_differentiable(entropy)
         return chosen - largest - total.log(), entropy
@@ -293,7 +355,7 @@ class TokenStatistics(torch.autograd.Function):
         with torch.autocast(hidden.device.type, enabled=False):
             for start in range(0, len(weight), LOGIT_COLUMNS):
                 columns = slice(start, start + LOGIT_COLUMNS)
-                z = logit_block(hidden, weight[columns], ctx.temperature)
+                z = logit_block(hidden, weight[columns], ctx.temperature, ctx.fp32_head)
                 dz = z.sub_(log_z[:, None]).exp_().mul_(-scale)  # −g·π(v)  [N, columns]
                 column = token_ids - start
                 here = ((column >= 0) & (column < dz.shape[1]))[:, None]
@@ -303,148 +365,22 @@ class TokenStatistics(torch.autograd.Function):
                     grad_hidden += dz @ weight[columns]
                 if wants_weight:
                     torch.mm(dz.T, hidden, out=grad_weight[columns])
-        return grad_hidden.to(hidden.dtype) if wants_hidden else None, grad_weight, None, None
+        grad_hidden = grad_hidden.to(hidden.dtype) if wants_hidden else None
+        return grad_hidden, grad_weight, None, None, None
 
 
-def logit_block(hidden, weight, temperature):
+def logit_block(hidden, weight, temperature, fp32_head=True):
     """z = hidden · weightᵀ / temperature, [N, D] and [columns, D] → [N, columns], at least fp32.
 
-    Autocast does not change the precision of the product.  Needs at_least_float32.
-    """
-    with torch.autocast(hidden.device.type, enabled=False):
-        return at_least_float32(torch.nn.functional.linear(hidden, weight)).div_(temperature)
-
-
-def at_least_float32(x):
-    return x if x.dtype == torch.float64 else x.float()
-
-
-# ──────── audio attention mass ────────
-
-
-def audio_mass(query, key, is_audio, allowed, scaling):
-    """m_t = Σ_{j ∈ S_audio} α_{t,j} of every head, α = softmax(q·k·scaling).  (Sec. 3.2)
-
-    This is the plain form: autograd differentiates it, and it keeps α [B, H, T, S]. AudioMass gives
-    the same values and the same gradient without keeping α.
-    query [B, H, S, d], whose last T rows count; key [B, Hkv, S, d]; is_audio [B, S] bool;
-    allowed [B or 1, 1, T, S] bool: causal, and keys of the same sample → [B, H, T].
-    Needs attention_weights, at_least_float32, head_audio_mass (of mapo.py).
-    """
-    rows = query[:, :, -allowed.shape[2]:]  # [B, H, T, d]
-    alpha, _, _ = attention_weights(rows, key, allowed, scaling)  # [B, Hkv, H/Hkv, T, S]
-    return head_audio_mass(alpha.flatten(1, 2), is_audio)
-
-
-def attention_weights(query, key, allowed, scaling):
-    """α = softmax(q·k·scaling) over the allowed keys → α, and q and k as they were multiplied.
-
-    query [B, H, rows, d], key [B, Hkv, S, d], allowed [B or 1, 1 or Hkv, rows, S] → α
-    [B, Hkv, H/Hkv, rows, S]. Each key head serves the next H/Hkv query heads. Products and softmax
-    are in fp32 (fp64 for fp64 inputs), also under autocast.
+    fp32_head: with bf16 inputs the product itself is in fp32. Without it the product is rounded to
+    bf16, an error of about 0.01 nats in a log-prob. Autocast does not change the precision.
     Needs at_least_float32.
     """
-    q, k = at_least_float32(query), at_least_float32(key)
-    q = q.unflatten(1, (key.shape[1], -1))  # [B, Hkv, H/Hkv, rows, d]
-    with torch.autocast(query.device.type, enabled=False):
-        z = torch.einsum("bgrtd,bgsd->bgrts", q * scaling, k)
-    return z.masked_fill_(~allowed.unsqueeze(2), float("-inf")).softmax(dim=-1), q, k
-
-
-class AudioMass(torch.autograd.Function):
-    """audio_mass(query, key, is_audio, allowed, scaling) with a block of rows of α at a time.
-
-    The arguments are those of audio_mass. Pass the whole query: the gradient of a slice would be a
-    second tensor of the same size. The backward is Eq. 15, ∂m_t/∂z_{t,i} =
-    α_{t,i}·(𝟙[i ∈ S_audio] − m_t), with α computed again, then the chain rule of z = q·k·scaling.
-    a_t takes the maximum over heads (Eq. 13), so in each layer only one head per token has a
-    gradient; the backward computes α for that head alone. There is no second derivative.
-    Needs attention_weights, at_least_float32, mass_rows,
-    `from torch.autograd.function import once_differentiable`.
-    """
-
-    @staticmethod
-    def forward(ctx, query, key, is_audio, allowed, scaling):
-        last_rows = query[:, :, -allowed.shape[2]:]  # [B, H, T, d]
-        dtype = at_least_float32(query[:0]).dtype
-        mass = query.new_empty(last_rows.shape[:3], dtype=dtype)  # [B, H, T]
-        step = mass_rows(query.device)
-        with torch.autocast(query.device.type, enabled=False):
-            for start in range(0, allowed.shape[2], step):
-                rows = slice(start, start + step)
-                alpha, _, _ = attention_weights(last_rows[:, :, rows], key, allowed[:, :, rows],
-                                                scaling)
-                mass[:, :, rows] = torch.einsum(  # Σ_{j ∈ S_audio} α_{t,j}
-                    "bgrts,bs->bgrt", alpha, is_audio.to(alpha.dtype)).flatten(1, 2)
-        ctx.save_for_backward(query, key, is_audio, allowed)
-        ctx.scaling, ctx.mass = scaling, mass.detach()
-        return mass
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, grad):
-        query, key, is_audio, allowed = ctx.saved_tensors
-        groups, length = key.shape[1], allowed.shape[2]
-        allowed = allowed[:, 0].expand(len(query), -1, -1)  # [B, T, S]
-        # The rows (head, t) of each key head, those with a gradient first.
-        has_grad = (grad != 0).unflatten(1, (groups, -1)).flatten(2)  # [B, Hkv, H/Hkv·T]
-        most = has_grad.sum(dim=-1).max()
-        wanted = has_grad.byte().argsort(dim=-1, descending=True)[..., :most]
-        sample = torch.arange(len(query), device=query.device)[:, None, None]
-        heads_per_key = query.shape[1] // groups
-        first_head = torch.arange(0, query.shape[1], heads_per_key, device=query.device)[:, None]
-        grad_query, grad_key = torch.zeros_like(query), torch.zeros_like(at_least_float32(key))
-        last_rows, grad_last_rows = query[:, :, -length:], grad_query[:, :, -length:]
-        with torch.autocast(query.device.type, enabled=False):
-            for rows in wanted.split(mass_rows(query.device), dim=-1):
-                # b, h and t of each row  [B, Hkv, rows]
-                at = (sample, first_head + rows // length, rows % length)
-                alpha, q, k = attention_weights(last_rows[at], key,
-                                                allowed[sample, rows % length], ctx.scaling)
-                m, g = (x[at][:, :, None, :, None] for x in (ctx.mass, grad))
-                audio = is_audio[:, None, None, None].to(alpha.dtype)  # 𝟙[i ∈ S_audio]
-                dz = g * alpha * (audio - m) * ctx.scaling  # Eq. 15
-                grad_last_rows[at] = torch.einsum(
-                    "bgrts,bgsd->bgrtd", dz, k).flatten(1, 2).to(query.dtype)
-                grad_key += torch.einsum("bgrts,bgrtd->bgsd", dz, q)
-        return grad_query, grad_key.to(key.dtype), None, None, None
-
-
-def mass_rows(device):
-    """Query rows of attention weights that exist at a time.
-
-    Few on a CPU, to stay in its cache; many on a GPU, where every block costs a dozen launches.
-    """
-    return 8 if device.type == "cpu" else 128
-
-
-def attention_with_mass(module, query, key, value, attention_mask, mass_layers=(),
-                        mass_first_row=0, mass_keys=None, output_attentions=None, **kwargs):
-    """transformers' fused attention; in the layers of L_tgt also the audio mass.
-
-    query [B, H, S, d], key and value [B, Hkv, S, d], after RoPE and normalisation. The signature is
-    the one transformers calls; the mass_* arguments travel through the model's forward. Without
-    them this is the fused attention alone. Returns (output, mass [B, H, rows] or None).
-    """
-    output, _ = sdpa_attention_forward(module, query, key, value, attention_mask, **kwargs)
-    if mass_keys is None or module.layer_idx not in mass_layers:
-        return output, None
-    allowed = allowed_keys(attention_mask, key, mass_first_row)
-    return output, AudioMass.apply(query, key, mass_keys, allowed, kwargs["scaling"])
-
-
-def allowed_keys(attention_mask, key, first_row):
-    """Which keys each query row from `first_row` on may see → bool [B or 1, 1, rows, S].
-
-    transformers passes no mask when nothing is padded: its kernel is then told "causal".
-    """
-    if attention_mask is None:
-        total = key.shape[2]  # S
-        causal = torch.ones(total, total, dtype=torch.bool, device=key.device).tril()
-        attention_mask = causal[None, None]
-    return attention_mask[:, :, first_row:]
-
-
-# checkpoint.make_policy selects it. Without the mask function transformers would pass no mask.
-AttentionInterface.register("audio_mass", attention_with_mass)
-AttentionMaskInterface.register("audio_mass", sdpa_mask)
+    with torch.autocast(hidden.device.type, enabled=False):
+        if not fp32_head or hidden.dtype not in (torch.bfloat16, torch.float16):
+            z = at_least_float32(torch.nn.functional.linear(hidden, weight))
+        elif hidden.is_cuda:
+            z = torch.mm(hidden, weight.T, out_dtype=torch.float32)
+        else:  # CPUs have no out_dtype; products of bf16 numbers are exact in fp32
+            z = torch.nn.functional.linear(hidden.float(), weight.float())
+        return z.div_(temperature)

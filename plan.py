@@ -21,7 +21,7 @@ from run import set_trainable
 GIB = 2**30
 MARGIN = 4 * GIB  # the CUDA context, NCCL's buffers, the allocator's losses: an allowance
 PROMPT_TEXT = 200  # tokens of question and options beside the audio
-MASS_ROWS = 128  # rows of attention weights at a time on a GPU, see model.mass_rows
+MASS_ROWS = 128  # rows of attention weights at a time on a GPU, see attention.mass_rows
 
 
 def plan(policy, config, gpus, audio_seconds=30):

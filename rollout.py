@@ -36,6 +36,7 @@ from model import Batch, positions
 from server import RolloutError
 
 SEQUENCES = 256  # completions decoded at the same time in this process; bounds the KV cache
+ENCODED_AT_ONCE = 8  # questions whose audio a rank encodes in one forward
 CHECK_TOKENS = 32  # length of the completions that check_push compares
 
 
@@ -102,6 +103,29 @@ class GenerationBatch:
     old_logp: list = None  # [N] of [T], π_old = π_θ at the start of the iteration
     ref_logp: list = None  # [N] of [T]
     text_ref_entropy: list = None  # [N] of [T], H(π_text-ref); None in plain GRPO
+
+
+@torch.no_grad()
+def encode_prompts(questions, run):
+    """Questions → Prompts, on every rank. Each rank encodes a part of them, and the ranks share.
+
+    While the audio encoder is frozen, the prompts carry its embeddings, so each clip is encoded
+    once per iteration. π_ref has the same encoder.
+    """
+    team, policy, config = run.team, run.policy, run.config
+    rounds = math.ceil(len(questions) / team.size)
+    # All ranks run the same forwards: those without a question of their own repeat the last one.
+    places = [min(number * team.size + team.rank, len(questions) - 1) for number in range(rounds)]
+    prompts = [policy.encode(questions[place], config.instruction) for place in places]
+    if config.freeze_audio_tower or config.lora_rank:
+        policy.eval()
+        parts = [prompts[i:i + ENCODED_AT_ONCE] for i in range(0, rounds, ENCODED_AT_ONCE)]
+        prompts = [prompt for part in parts
+                   for prompt in policy.call_gathered(policy.encode_audio, part)]
+    of_place = {}
+    for part in team.gather(dict(zip(places, prompts))):
+        of_place |= part
+    return [of_place[place] for place in range(len(questions))]
 
 
 def rows_of_step(step, config):
@@ -194,8 +218,8 @@ def _sample_chunk(policy, prompts, group_size, sampling, generator):
     # Completions are empty, but collate makes them at least one token long: drop that padding.
     batch = policy.collate(prompts, [[]] * len(prompts)).to(device)
     ids, attention_mask = batch.input_ids[:, :-1], batch.attention_mask[:, :-1]  # [P, S]
-    output = base.model(input_ids=ids, attention_mask=attention_mask,
-                        position_ids=positions(attention_mask), use_cache=True, **batch.audio)
+    output = base.model(**policy.model_inputs(ids, batch.audio), attention_mask=attention_mask,
+                        position_ids=positions(attention_mask), use_cache=True)
     cache = output.past_key_values
     cache.batch_repeat_interleave(group_size)
     hidden = output.last_hidden_state[:, -1].repeat_interleave(group_size, dim=0)  # [B, D], B = P·G
@@ -213,7 +237,7 @@ def _sample_chunk(policy, prompts, group_size, sampling, generator):
     lengths = torch.full((len(ids),), longest, device=device)
     stopped = torch.zeros(len(ids), dtype=torch.bool, device=device)
     for t in range(longest):
-        scores = processors(ids, base.lm_head(hidden).float())  # [rows, V]
+        scores = processors(ids, policy.logits(hidden).float())  # [rows, V]
         log_probs = scores.log_softmax(dim=-1)
         if sampling.temperature == 0:
             token = scores.argmax(-1)

@@ -22,6 +22,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
+from torch.distributed.tensor import DTensor
 from transformers import get_cosine_schedule_with_warmup
 
 from checkpoint import (WHOLE_MODEL, add_lora, check_folder, load_policy, remove_numbered, resume,
@@ -31,7 +32,7 @@ from data import (InputError, audio_token_count, clip_tokens, raise_bad_rows, re
                   read_questions)
 from distributed import Team, fill, launch, shard
 from metrics import check_output_dir, remove_run
-from model import Policy
+from model import Policy, audio_embeddings
 from rewards import CheckerError, check_consistency
 from rollout import check_push, push_weights
 from server import Command, Server
@@ -54,7 +55,8 @@ class Run:
     unfinished: dict = None  # fields of the generation batch that a resumed run continues with
     server: Server = None  # of the rollouts; rank 0 alone has it
     checker: Server = None
-    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(1))
+    # One thread samples ahead (async_rollouts), the other asks the checker.
+    pool: ThreadPoolExecutor = field(default_factory=lambda: ThreadPoolExecutor(2))
     ahead: tuple = None  # the sampling that async_rollouts started for the next iteration
     checks: int = 0  # comparisons of log-probs after a push
     flat_batches: int = 0  # generation batches in a row whose advantages are all 0
@@ -191,12 +193,7 @@ def check_policy(policy, questions, target_layers):
     reason = ""
     try:
         with torch.no_grad():
-            if hasattr(policy.base, "get_audio_features"):
-                features = policy.base.get_audio_features(**batch.audio)
-                made = features.last_hidden_state.shape[-2]
-            else:  # Qwen2-Audio; its forward compares the counts itself
-                policy(batch)
-                made = wanted
+            made = len(audio_embeddings(policy.base, **batch.audio))
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError, ValueError) as error:  # from the encoders
@@ -263,8 +260,12 @@ def set_trainable(policy, config):
         for name in frozen:
             if hasattr(policy.base.model, name):
                 getattr(policy.base.model, name).requires_grad_(False)
+    policy.fp32_head = config.fp32_head
     if config.gradient_checkpointing:
         policy.base.activation_checkpointing_enable({"use_reentrant": False})
+        # transformers makes the inputs of all parts require gradients, which only reentrant
+        # checkpointing needs. The backward would run through the frozen encoders.
+        policy.base.disable_input_require_grads()
     return policy
 
 
@@ -297,7 +298,9 @@ def make_optimizer(policy, config):
     optimizer = torch.optim.AdamW(
         [{"params": [p for p in trained if p.dim() >= 2], "weight_decay": config.weight_decay},
          {"params": [p for p in trained if p.dim() < 2], "weight_decay": 0.0}],
-        lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2))
+        lr=config.learning_rate, betas=(config.adam_beta1, config.adam_beta2),
+        # The loop over single tensors, which is the default for DTensors, is five times slower.
+        fused=isinstance(trained[0], DTensor))
     warmup = math.ceil(config.warmup_ratio * config.max_steps)
     return optimizer, get_cosine_schedule_with_warmup(optimizer, warmup, config.max_steps)
 

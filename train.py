@@ -41,8 +41,8 @@ from plots import plot_training
 from pos_gate import load_tagger, pos_gate_batch
 from rewards import (CheckerError, accuracy_reward, check_consistency, format_reward,
                      think_is_prefilled, total_reward)
-from rollout import (GenerationBatch, Sampling, collate, gather_rows, micro_batches, rows_of_step,
-                     sample)
+from rollout import (GenerationBatch, Sampling, collate, encode_prompts, gather_rows,
+                     micro_batches, rows_of_step, sample)
 from run import after_step, open_run, update_server
 from server import RolloutError
 
@@ -86,9 +86,10 @@ def algorithm_1(run, log, bar):
     for iteration in range(first, config.iterations):  # line 1
         if batch is None:
             batch = sample_batch(iteration, run)  # lines 2, 3
-            score(batch, run)  # line 4
-            warn_if_nothing_is_learnt(batch, iteration, run)
+            verdicts = ask_checker(batch, run)  # of line 4; it answers during the next line
             reference_passes(batch, run)  # π_old, π_ref and π_text-ref on these tokens
+            score(batch, verdicts, run)  # line 4
+            warn_if_nothing_is_learnt(batch, iteration, run)
         last_step = min((iteration + 1) * config.steps_per_generation, config.max_steps)
         for step in range(run.steps_done + 1, last_step + 1):
             metrics, per_token = update(batch, rows_of_step(step, config), step, run)  # lines 5–12
@@ -128,8 +129,7 @@ def start_sampling(iteration, run):
     The seconds are those of giving the server the policy's weights. With async_rollouts the
     sampling starts at once, in another thread, which does nothing but HTTP.
     """
-    prompts = [run.policy.encode(question, run.config.instruction)
-               for question in draw(run.questions, iteration, run.config)]
+    prompts = encode_prompts(draw(run.questions, iteration, run.config), run)
     seconds = update_server(run, iteration, prompts)
     completions_of = partial(generate, prompts, iteration, run)
     if run.config.async_rollouts and run.team.leads:
@@ -168,42 +168,15 @@ def generate(prompts, iteration, run):
     return completions, version, tokens / (time.perf_counter() - started)
 
 
-def score(batch, run):
-    """Line 4: r = λ_acc r_acc + λ_format r_format + λ_cons r_cons (Eq. 6), then Â (Sec. 2).
+def ask_checker(batch, run):
+    """Asks the consistency checker about all completions, in another thread of rank 0.
 
-    The POS gates g_t^pos of Eq. 3 depend on the tokens alone. With several ranks, the others make
-    them while rank 0 waits for the rewards.
+    → a function that waits for its verdicts: 1, 0, or None where its reply cannot be read.
     """
-    config, policy, team = run.config, run.policy, run.team
-    style, tokenizer = config.format_style, policy.tokenizer
-    with timed(batch.seconds, "pos_gate"):
-        workers = max(1, team.size - 1)
-        first = (team.rank - 1) % workers  # of every `workers` completions
-        own = batch.completions[first::workers] if team.size == 1 or team.rank else []
-        gates = pos_gate_batch([c.token_ids for c in own], tokenizer)
-    with timed(batch.seconds, "reward"):
-        if team.leads:
-            batch.texts = [policy.decode(c) for c in batch.completions]
-            pairs = list(zip(batch.texts, batch.prompts))
-            accuracy = [accuracy_reward(text, p.question.answer, p.question.choices, style)
-                        for text, p in pairs]
-            form = [format_reward(text, style, think_is_prefilled(tokenizer, p))
-                    for text, p in pairs]
-            verdicts = check_consistency(batch.texts, config, run.checker)
-            batch.unreadable = [verdict is None for verdict in verdicts]
-            consistency = [verdict or 0.0 for verdict in verdicts]
-            total = [total_reward(*rewards, config.reward_weights)
-                     for rewards in zip(accuracy, form, consistency, strict=True)]
-            batch.rewards = {"accuracy": torch.tensor(accuracy), "format": torch.tensor(form),
-                             "consistency": torch.tensor(consistency), "total": torch.tensor(total)}
-        batch.texts, batch.rewards, batch.unreadable = team.broadcast(
-            (batch.texts, batch.rewards, batch.unreadable))
-        batch.advantages = group_advantages(batch.rewards["total"], config.group_size,
-                                            config.advantage_eps)
-    batch.pos_gates = [None] * len(batch.completions)
-    batch.pos_fallbacks = [None] * len(batch.completions)
-    for first, made in enumerate(team.gather(gates)[-workers:]):
-        batch.pos_gates[first::workers], batch.pos_fallbacks[first::workers] = made
+    if not run.team.leads:
+        return None
+    batch.texts = [run.policy.decode(c) for c in batch.completions]
+    return run.pool.submit(check_consistency, batch.texts, run.config, run.checker).result
 
 
 @torch.no_grad()
@@ -237,6 +210,39 @@ def reference_passes(batch, run):
         if config.mask or config.eta > 0:
             with timed(batch.seconds, "text_reference"):
                 _, batch.text_ref_entropy = forward(frozen, text_only=True)
+
+
+def score(batch, verdicts, run):
+    """Line 4: r = λ_acc r_acc + λ_format r_format + λ_cons r_cons (Eq. 6), then Â (Sec. 2).
+
+    Also the POS gates g_t^pos of Eq. 3, which depend on the tokens alone.
+    """
+    config, policy, team = run.config, run.policy, run.team
+    style, tokenizer = config.format_style, policy.tokenizer
+    with timed(batch.seconds, "pos_gate"):
+        own = [c.token_ids for c in batch.completions[team.rank::team.size]]
+        batch.pos_gates = [None] * len(batch.completions)
+        batch.pos_fallbacks = [None] * len(batch.completions)
+        for rank, made in enumerate(team.gather(pos_gate_batch(own, tokenizer))):
+            batch.pos_gates[rank::team.size], batch.pos_fallbacks[rank::team.size] = made
+    with timed(batch.seconds, "reward"):
+        if team.leads:
+            pairs = list(zip(batch.texts, batch.prompts))
+            accuracy = [accuracy_reward(text, p.question.answer, p.question.choices, style)
+                        for text, p in pairs]
+            form = [format_reward(text, style, think_is_prefilled(tokenizer, p))
+                    for text, p in pairs]
+            answers = verdicts()
+            batch.unreadable = [verdict is None for verdict in answers]
+            consistency = [verdict or 0.0 for verdict in answers]
+            total = [total_reward(*rewards, config.reward_weights)
+                     for rewards in zip(accuracy, form, consistency, strict=True)]
+            batch.rewards = {"accuracy": torch.tensor(accuracy), "format": torch.tensor(form),
+                             "consistency": torch.tensor(consistency), "total": torch.tensor(total)}
+        batch.texts, batch.rewards, batch.unreadable = team.broadcast(
+            (batch.texts, batch.rewards, batch.unreadable))
+        batch.advantages = group_advantages(batch.rewards["total"], config.group_size,
+                                            config.advantage_eps)
 
 
 def update(batch, rows, step, run):

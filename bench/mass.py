@@ -35,7 +35,7 @@ import torch
 from torch.nn.functional import pad, scaled_dot_product_attention
 from torch.utils.checkpoint import checkpoint
 
-from model import attention_with_mass
+from attention import attention_with_mass
 
 HEADS, KEY_HEADS, WIDTH, ROWS = 32, 4, 128, 1024
 SCALE = WIDTH ** -0.5

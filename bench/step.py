@@ -88,7 +88,7 @@ def iteration(batch, run):
     """Lines 4 to 12 for the completions of a batch → part → seconds"""
     config, seconds = run.config, batch.seconds
     run.optimizer, _ = make_optimizer(run.policy, config)
-    train.score(batch, run)
+    train.score(batch, train.ask_checker(batch, run), run)
     if config.eta == 0:
         seconds["pos_gate"] = 0.0
     # An untrained model earns no rewards, and without rewards there is no gradient.

@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import attention
 import mapo
 import model
 from mapo import MapoConfig
@@ -105,8 +106,8 @@ def call_audio_mass(f):
 # (module, name, how to call it): what other modules offer to copy, with a "Needs" in its docstring
 OTHERS = [
     (model, "token_statistics", call_token_statistics),
-    (model, "audio_mass", call_audio_mass),
-    (model, "AudioMass", lambda cls: call_audio_mass(cls.apply)),
+    (attention, "audio_mass", call_audio_mass),
+    (attention, "AudioMass", lambda cls: call_audio_mass(cls.apply)),
 ]
 
 

@@ -24,6 +24,7 @@ import torch
 from transformers import AttentionInterface
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+import attention
 import mapo
 import model
 from data import InputError, Question, audio_token_count, clip_tokens
@@ -252,7 +253,7 @@ def compared(request, family):
              for layer in policy.base.model.language_model.layers]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(model, "LOGIT_COLUMNS", case.columns)
-        patch.setattr(model, "mass_rows", lambda device: case.mass_rows)
+        patch.setattr(attention, "mass_rows", lambda device: case.mass_rows)
         try:
             if case.checkpointing:
                 policy.model.activation_checkpointing_enable({"use_reentrant": False})
@@ -399,6 +400,85 @@ def test_left_padding_changes_nothing(qwen3):
     assert difference(padded.head_mass[:, :1], unpadded.head_mass) < CLOSE
     assert torch.equal(other_id.logp, padded.logp)
     assert torch.equal(other_id.head_mass, padded.head_mass)
+
+
+class FillsWithMinus65504(torch.autograd.Function):
+    """Attention in fp32 as cuDNN's kernel for Hopper GPUs computes it (pytorch#196678).
+
+    Masked scores are filled with −65504. The backward multiplies exp(z) with exp(−logsumexp), which
+    is 0 · ∞ = NaN where all keys are masked.
+    """
+
+    @staticmethod
+    def forward(ctx, query, key, value, mask, scale):
+        z = (query @ key.mT * scale).masked_fill(~mask, -65504)
+        log_z = z.logsumexp(-1, keepdim=True)
+        ctx.save_for_backward(query, key, value, z, log_z)
+        ctx.scale = scale
+        return (z - log_z).exp() @ value
+
+    @staticmethod
+    def backward(ctx, grad):
+        query, key, value, z, log_z = ctx.saved_tensors
+        alpha = z.exp() * (-log_z).exp()
+        dalpha = grad @ value.mT
+        dz = alpha * (dalpha - (alpha * dalpha).sum(-1, keepdim=True)) * ctx.scale
+        return dz @ key, dz.mT @ query, alpha.mT @ grad, None, None
+
+
+@pytest.mark.parametrize("kind", list(BUILD))
+def test_a_kernel_that_fills_masked_scores(kind, tmp_path, monkeypatch):
+    """Rows of left padding: finite outputs and gradients, equal to those of torch's own kernel."""
+    policy = BUILD[kind]()
+    prompts = [policy.encode(q) for q in tiny.questions(tmp_path)]
+    batch = policy.collate(prompts, [[5, 6, 7], [8], [9, 10]])
+    assert (batch.attention_mask[:, 0] == 0).any()
+
+    def results():
+        out = policy(batch, 1.0, LAYERS)
+        return out, gradients(policy.base, out.logp.sum() + out.head_mass.sum())
+
+    def kernel(query, key, value, attn_mask=None, dropout_p=0.0, scale=None, is_causal=False,
+               enable_gqa=False):
+        if attn_mask is None:  # the encoders
+            return original(query, key, value, scale=scale, is_causal=is_causal)
+        groups = query.shape[1] // key.shape[1]
+        key, value = (x.repeat_interleave(groups, dim=1) for x in (key, value))
+        seen.append(attn_mask.any(-1).all().item())
+        return FillsWithMinus65504.apply(query, key, value, attn_mask, scale)
+
+    wanted, wanted_gradients = results()
+    seen, original = [], torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", kernel)
+    found, found_gradients = results()
+    torch.testing.assert_close(found.logp, wanted.logp, atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(found.head_mass, wanted.head_mass, atol=1e-5, rtol=1e-4)
+    largest = max(g.abs().max() for g in wanted_gradients.values())
+    for name, gradient in wanted_gradients.items():
+        assert (found_gradients[name] - gradient).abs().max() < 1e-3 * largest, name  # no NaN
+    assert len(seen) >= 3 and all(seen)  # no row without a key, in decoder and encoder
+
+
+def test_cudnn_attention_is_off(one_tiny):
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
+
+
+def test_audio_embeddings_equal_features(family):
+    """Audio that is encoded once gives the statistics and gradients of features in the batch."""
+    policy = family.policy
+    encoded = dict(enumerate(policy.encode_audio(list(family.prompts))))
+    assert all(not prompt.features for prompt in encoded.values())
+    rows = ROWS["padded"]
+    one, other = (policy.collate([prompts[q] for q, _ in rows], completions_for(policy, rows))
+                  for prompts in (family.prompts, encoded))
+    assert list(other.audio) == ["embeddings"]
+    first, second = policy(one, 1.2, LAYERS), policy(other, 1.2, LAYERS)
+    for found, wanted in zip(second, first, strict=True):
+        assert difference(found, wanted) < CLOSE
+    decoder = policy.base.model.language_model
+    found, wanted = (gradients(decoder, x.logp.sum() + x.head_mass.sum()) for x in (second, first))
+    for name in wanted:
+        assert difference(found[name], wanted[name]) < 1e-9, name
 
 
 def test_positions():
@@ -754,6 +834,43 @@ def test_token_statistics_refuse_an_id_outside_the_vocabulary(wrong):
         model.token_statistics(hidden, head, ids, 1.0)
 
 
+def head_error(rows, of):
+    """Standard deviation of log-prob errors against float64, on bf16 states and weights."""
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, 256).bfloat16()
+    head = torch.nn.Linear(256, 2000, bias=False, dtype=torch.bfloat16)
+    torch.nn.init.normal_(head.weight, std=0.15)
+    ids = torch.randint(2000, (rows,))
+    exact = (hidden.double() @ head.weight.double().T / 1.2).log_softmax(-1)
+    exact = exact.gather(1, ids[:, None])[:, 0]
+    return (of(hidden, head, ids) - exact).std().item()
+
+
+def test_fp32_head_on_bf16_states():
+    """With it, a log-prob is as exact as fp32 can be. Without it the logits are rounded to bf16.
+
+    The second is what a forward in bf16 and a softmax in fp32 gives, as in TRL.
+    """
+    error = {on: head_error(400, lambda hidden, head, ids: model.token_statistics(
+        hidden, head, ids, 1.2, fp32_head=on)[0].detach()) for on in (True, False)}
+    usual = head_error(400, lambda hidden, head, ids: (head(hidden).float() / 1.2).log_softmax(-1)
+                       .gather(1, ids[:, None])[:, 0].detach())
+    print(f"log-prob error, std in nats: fp32 head {error[True]:.1e}, bf16 head "
+          f"{error[False]:.1e}, logits in bf16 {usual:.1e}")
+    assert error[True] < 5e-6 and error[False] > 3e-3
+    assert error[False] == pytest.approx(usual, rel=0.05)
+
+
+def test_the_sampler_uses_the_same_head():
+    policy = tiny.qwen3_omni(dtype=torch.bfloat16, experts="eager")
+    hidden = torch.randn(5, 32).bfloat16()
+    exact = hidden.double() @ policy.base.lm_head.weight.double().T
+    error = {}
+    for policy.fp32_head in (True, False):
+        error[policy.fp32_head] = (policy.logits(hidden) - exact).abs().max().item()
+    assert error[True] < 1e-5 and error[False] > 1e-3
+
+
 # ──────── audio attention mass ────────
 
 SCALING = 0.37
@@ -794,7 +911,8 @@ def mass_by_loops(query, key, is_audio, allowed, scaling):
 def test_plain_audio_mass_equals_loops():
     """Values and gradients of the plain form, which the other tests take as their reference."""
     query, key, *rest = attention_inputs()
-    found, wanted = (mass(query, key, *rest, SCALING) for mass in (model.audio_mass, mass_by_loops))
+    found, wanted = (mass(query, key, *rest, SCALING)
+                     for mass in (attention.audio_mass, mass_by_loops))
     assert difference(found, wanted) < CLOSE
     weights = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
     for actual, expected in zip(*(torch.autograd.grad((weights * mass).sum(), [query, key])
@@ -806,10 +924,10 @@ def test_plain_audio_mass_equals_loops():
 @pytest.mark.parametrize("rows_at_once", [1, 2, 128])
 def test_audio_mass_equals_its_plain_form(rows_at_once, rows, monkeypatch):
     """Values, and the gradients of a loss on all heads and of one on the largest head (Eq. 13)."""
-    monkeypatch.setattr(model, "mass_rows", lambda device: rows_at_once)
+    monkeypatch.setattr(attention, "mass_rows", lambda device: rows_at_once)
     query, key, *rest = attention_inputs(rows=rows)
     found, wanted = (mass(query, key, *rest, SCALING)
-                     for mass in (model.AudioMass.apply, model.audio_mass))
+                     for mass in (attention.AudioMass.apply, attention.audio_mass))
     assert difference(found, wanted) < CLOSE
     weights = torch.linspace(-1, 1, found.numel(), dtype=torch.float64).view_as(found)
     for loss in (lambda mass: (weights * mass).sum(),
@@ -826,16 +944,16 @@ def test_audio_mass_with_one_mask_for_all_samples():
     one, repeated = allowed[:1], allowed[:1].expand(2, -1, -1, -1)
     results = []
     for mask in (one, repeated):
-        mass = model.AudioMass.apply(query, key, is_audio, mask, SCALING)
+        mass = attention.AudioMass.apply(query, key, is_audio, mask, SCALING)
         results.append((mass, *torch.autograd.grad(mass.square().sum(), [query, key])))
     for actual, expected in zip(*results):
         assert torch.equal(actual, expected)
 
 
 def test_audio_mass_equals_finite_differences(monkeypatch):
-    monkeypatch.setattr(model, "mass_rows", lambda device: 2)
+    monkeypatch.setattr(attention, "mass_rows", lambda device: 2)
     query, key, *rest = attention_inputs()
-    assert torch.autograd.gradcheck(lambda q, k: model.AudioMass.apply(q, k, *rest, SCALING),
+    assert torch.autograd.gradcheck(lambda q, k: attention.AudioMass.apply(q, k, *rest, SCALING),
                                     (query, key))
 
 
@@ -847,7 +965,7 @@ def test_gradient_of_the_mass_in_closed_form():
     key = k.clone().view(1, 1, 6, 1).requires_grad_()
     query = torch.full((1, 1, 1, 1), q, dtype=torch.float64)
     allowed = torch.ones(1, 1, 1, 6, dtype=torch.bool)
-    model.AudioMass.apply(query, key, is_audio[None], allowed, 1.0).sum().backward()
+    attention.AudioMass.apply(query, key, is_audio[None], allowed, 1.0).sum().backward()
     alpha = (k * q).softmax(dim=0)
     m = alpha[is_audio].sum()
     expected = alpha * (is_audio.double() - m) * q
@@ -856,22 +974,22 @@ def test_gradient_of_the_mass_in_closed_form():
 
 def test_mass_is_1_on_audio_alone_and_0_without_audio():
     query, key, is_audio, allowed = attention_inputs(torch.float32)
-    everything = model.AudioMass.apply(query, key, torch.ones_like(is_audio), allowed, 0.5)
-    nothing = model.AudioMass.apply(query, key, torch.zeros_like(is_audio), allowed, 0.5)
+    everything = attention.AudioMass.apply(query, key, torch.ones_like(is_audio), allowed, 0.5)
+    nothing = attention.AudioMass.apply(query, key, torch.zeros_like(is_audio), allowed, 0.5)
     assert torch.allclose(everything, torch.ones_like(everything)) and not nothing.any()
 
 
 def test_mass_stays_in_range_where_logits_are_large():
     query, key, *rest = attention_inputs(torch.float32)
-    mass = model.AudioMass.apply(query * 1000, key * 1000, *rest, 0.5)
+    mass = attention.AudioMass.apply(query * 1000, key * 1000, *rest, 0.5)
     assert mass.isfinite().all() and mass.min() >= 0 and mass.max() <= 1
 
 
 def test_bfloat16_inputs_give_a_float32_mass():
     """A product in bf16 would be off by 1e-2. Gradients have the dtype of the inputs."""
     query, key, is_audio, allowed = attention_inputs(torch.bfloat16, keys=90, rows=40)
-    mass = model.AudioMass.apply(query, key, is_audio, allowed, 0.5)
-    exact = model.audio_mass(query.double(), key.double(), is_audio, allowed, 0.5)
+    mass = attention.AudioMass.apply(query, key, is_audio, allowed, 0.5)
+    exact = attention.audio_mass(query.double(), key.double(), is_audio, allowed, 0.5)
     assert mass.dtype == torch.float32 and (mass - exact).abs().max() < 1e-5
     grads = torch.autograd.grad(mass.sum(), [query, key])
     assert all(g.dtype == torch.bfloat16 and g.any() for g in grads)
@@ -880,7 +998,7 @@ def test_bfloat16_inputs_give_a_float32_mass():
 def test_autocast_does_not_change_the_mass():
     query, key, *rest = attention_inputs(torch.float32)
     plain, autocast = in_and_out_of_autocast(
-        lambda: [model.AudioMass.apply(query, key, *rest, SCALING)], [query, key])
+        lambda: [attention.AudioMass.apply(query, key, *rest, SCALING)], [query, key])
     for expected, actual in zip(plain, autocast, strict=True):
         assert actual.dtype == torch.float32 and difference(actual, expected) < 1e-6
 
@@ -888,15 +1006,15 @@ def test_autocast_does_not_change_the_mass():
 def test_autocast_does_not_change_the_plain_mass():
     """Its backward is autograd's own, so only the value is certain."""
     inputs = attention_inputs(torch.float32)
-    plain = model.audio_mass(*inputs, SCALING)
+    plain = attention.audio_mass(*inputs, SCALING)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(model.audio_mass(*inputs, SCALING), plain)
+        assert torch.equal(attention.audio_mass(*inputs, SCALING), plain)
 
 
 def test_audio_mass_has_no_second_derivative():
     """An error, because the backward's own derivative would be wrong. The plain form has one."""
     query, key, *rest = attention_inputs()
-    for form, fails in ((model.audio_mass, False), (model.AudioMass.apply, True)):
+    for form, fails in ((attention.audio_mass, False), (attention.AudioMass.apply, True)):
         mass = form(query, key, *rest, SCALING)
         first, _ = torch.autograd.grad(mass.square().sum(), [query, key], create_graph=True)
         if fails:
@@ -908,7 +1026,7 @@ def test_audio_mass_has_no_second_derivative():
 
 @pytest.mark.parametrize("device", ["cpu", "cuda", "meta", "mps", "xpu"])
 def test_every_device_has_a_block_size(device):
-    assert model.mass_rows(torch.device(device)) > 0
+    assert attention.mass_rows(torch.device(device)) > 0
 
 
 def test_bfloat16_model(one_tiny):
@@ -935,7 +1053,7 @@ def test_bfloat16_model(one_tiny):
     is_audio = batch.input_ids == policy.audio_token_id
     for mass, layer in zip(out.head_mass, LAYERS, strict=True):
         q, k, scaling = seen[layer]
-        exact = model.audio_mass(q, k, is_audio, allowed, scaling)[..., :width]
+        exact = attention.audio_mass(q, k, is_audio, allowed, scaling)[..., :width]
         exact = exact * batch.completion_mask[:, None]
         assert (mass - exact).abs().max() < 1e-5
 
@@ -948,8 +1066,8 @@ def test_only_the_largest_head_gets_gradient(qwen3):
     out = policy(policy.collate(qwen3.prompts[:1], [[5]]), 1.0, (2,))
     best = int(out.head_mass.flatten().argmax())
     grads = gradients(policy.base, mapo.audio_attention_mass(out.head_mass).sum())
-    attention = "model.language_model.layers.2.self_attn."
-    touched = {name: grads[f"{attention}{name}_proj.weight"].unflatten(0, (n, -1)).any(-1).any(-1)
+    prefix = "model.language_model.layers.2.self_attn."
+    touched = {name: grads[f"{prefix}{name}_proj.weight"].unflatten(0, (n, -1)).any(-1).any(-1)
                for name, n in (("q", heads), ("k", key_heads))}
     assert touched["q"].nonzero().flatten().tolist() == [best]
     assert touched["k"].nonzero().flatten().tolist() == [best * key_heads // heads]
@@ -973,19 +1091,19 @@ def test_gradient_of_the_mass_enters_at_q_and_k_of_the_target_layer(qwen3):
 
 
 @pytest.fixture
-def attention():
+def layer():
     """attention_with_mass as layer 3 calls it, without padding, and its q, k, v and audio keys."""
     query, key, is_audio, _ = attention_inputs()
     value = torch.randn(key.shape, dtype=key.dtype, generator=torch.Generator().manual_seed(1))
     value.requires_grad_()
     layer = SimpleNamespace(layer_idx=3, num_key_value_groups=3, training=False, is_causal=True)
-    call = partial(model.attention_with_mass, layer, query, key, value, None, scaling=SCALING)
+    call = partial(attention.attention_with_mass, layer, query, key, value, None, scaling=SCALING)
     return call, query, key, value, is_audio
 
 
-def test_attention_output_is_the_fused_kernels(attention):
+def test_attention_output_is_the_fused_kernels(layer):
     """With and without the mass, which exists in the target layers alone."""
-    call, *_, is_audio = attention
+    call, *_, is_audio = layer
     asked = {"mass_first_row": 4, "mass_keys": is_audio}
     plain, nothing = call()
     other_layer, absent = call(mass_layers=(2,), **asked)
@@ -994,13 +1112,13 @@ def test_attention_output_is_the_fused_kernels(attention):
     assert torch.equal(plain, output) and torch.equal(plain, other_layer)
 
 
-def test_attention_returns_the_mass_of_the_rows_from_mass_first_row_on(attention):
+def test_attention_returns_the_mass_of_the_rows_from_mass_first_row_on(layer):
     """Its gradient reaches those rows of q, and k, but neither earlier rows nor v."""
-    call, query, key, value, is_audio = attention
+    call, query, key, value, is_audio = layer
     first, total = 4, key.shape[2]
     _, mass = call(mass_layers=(1, 3), mass_first_row=first, mass_keys=is_audio)
     causal = torch.ones(total, total, dtype=torch.bool).tril()[None, None, first:]
-    expected = model.audio_mass(query, key, is_audio, causal, SCALING)
+    expected = attention.audio_mass(query, key, is_audio, causal, SCALING)
     assert difference(mass, expected) < CLOSE
     q, k, v = torch.autograd.grad(mass.sum(), [query, key, value], allow_unused=True)
     assert v is None and k.any() and not q[:, :, :first].any() and q[:, :, first:].any()
@@ -1015,7 +1133,7 @@ def observed_forward(one_tiny, monkeypatch):
     policy, questions = one_tiny
     columns, rows, length = 17, 4, 30
     monkeypatch.setattr(model, "LOGIT_COLUMNS", columns)
-    monkeypatch.setattr(model, "mass_rows", lambda device: rows)
+    monkeypatch.setattr(attention, "mass_rows", lambda device: rows)
     batch = policy.collate([policy.encode(q) for q in questions[:2]],
                            [[5] * length, [6] * (length - 3)])
     kept, logit_blocks, alpha_blocks = [], [], []
@@ -1028,8 +1146,8 @@ def observed_forward(one_tiny, monkeypatch):
 
     monkeypatch.setattr(model, "logit_block", recorded(
         model.logit_block, lambda hidden, weight: logit_blocks.append((len(hidden), len(weight)))))
-    monkeypatch.setattr(model, "attention_weights", recorded(
-        model.attention_weights, lambda query, key: alpha_blocks.append(query.shape[2])))
+    monkeypatch.setattr(attention, "attention_weights", recorded(
+        attention.attention_weights, lambda query, key: alpha_blocks.append(query.shape[2])))
 
     def keep(tensor):
         kept.append((tensor.shape, tensor.dtype))

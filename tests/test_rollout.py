@@ -189,6 +189,7 @@ def test_repetition_penalty_ignores_padding(own_policy, long_clips):
     options = dict(temperature=1.0, repetition_penalty=1.5)
     c = sample(own_policy, [short, long], 1, seed=2, **options, max_new_tokens=1)[0]
     logits = whole_logits(own_policy, eager, [short, long], 0, c.token_ids)
+    logits[0, 0] += 8.0
     expected = log_probs_of(logits[0], ids_so_far=short.ids, banned=own_policy.placeholder_ids,
                             **options)
     assert math.exp(expected[0]) > 0.1  # the case is as described
@@ -209,24 +210,12 @@ def test_greedy_log_probs(setting, long_clips, set_eos):
 # ──────── ids and lengths ────────
 
 
-class FixedLogits(torch.nn.Module):
-    """An lm_head whose logits are `bias` for every state, plus those of `inner` if it is given."""
-
-    def __init__(self, bias, inner=None):
-        super().__init__()
-        self.bias, self.inner = bias, inner
-
-    def forward(self, hidden):
-        logits = self.bias.expand(*hidden.shape[:-1], -1)
-        return logits if self.inner is None else logits + self.inner(hidden)
-
-
 def prefer(policy, biases):
     """Adds something to the logits of some ids."""
     bias = torch.zeros(policy.base.config.get_text_config().vocab_size)
     for i, value in biases.items():
         bias[i] = value
-    policy.base.lm_head = FixedLogits(bias, policy.base.lm_head)
+    policy.logits = lambda hidden: bias + policy.base.lm_head(hidden)
 
 
 def allow_only(policy, logits):
@@ -234,7 +223,7 @@ def allow_only(policy, logits):
     bias = torch.full((policy.base.config.get_text_config().vocab_size,), -math.inf)
     for i, value in logits.items():
         bias[i] = value
-    policy.base.lm_head = FixedLogits(bias)
+    policy.logits = lambda hidden: bias.expand(len(hidden), -1)
 
 
 @pytest.mark.parametrize("options", [
@@ -357,7 +346,7 @@ def test_frequencies(own_policy, setting, options, possible, limit):
     allow_only(own_policy, logits)
     completions = sample(own_policy, setting[2][2:4], 512, **options, max_new_tokens=8)
     draws = [t for c in completions for t in c.token_ids]
-    log_probs = log_probs_of(own_policy.base.lm_head.bias, **options)
+    log_probs = log_probs_of(own_policy.logits(torch.zeros(1))[0], **options)
     expected = {i: math.exp(log_probs[i]) * len(draws) for i in logits if log_probs[i] > -math.inf}
     assert len(draws) == 8192 and set(draws) == set(expected) and len(expected) == possible
     chi_square = sum((draws.count(i) - n) ** 2 / n for i, n in expected.items())

@@ -74,7 +74,7 @@ def prepared_batch(world, config):
         n = 3 + i % 9
         batch.completions[i] = replace(completion, token_ids=completion.token_ids[:n],
                                        logps=completion.logps[:n])
-    train.score(batch, run)
+    train.score(batch, train.ask_checker(batch, run), run)
     torch.manual_seed(1)
     batch.rewards["accuracy"] = (torch.arange(16) % 3 == 0).float()
     batch.advantages = torch.randn(16)
@@ -308,8 +308,8 @@ def test_reference_passes(world, tmp_path):
     """
     config = replace(read_config(arguments(world, tmp_path)), steps_per_generation=1)
     policy, reference = load_policy(world / "model"), load_policy(world / "model")
-    with torch.no_grad():
-        for p in reference.parameters():
+    with torch.no_grad():  # not the audio encoder, which is frozen and therefore the policy's
+        for p in reference.base.model.language_model.parameters():
             p.add_(0.05 * torch.randn_like(p))
     run = a_run(config, policy, reference, read_questions(world / "train.jsonl"))
     batch = train.sample_batch(0, run)
@@ -324,7 +324,7 @@ def test_reference_passes(world, tmp_path):
 
     for i in (0, 5, 15):
         prompt, ids = batch.prompts[i], batch.completions[i].token_ids
-        audio = {"input_features": torch.stack(prompt.features),
+        audio = {"input_features": torch.stack(policy.encode(prompt.question).features),
                  "feature_attention_mask": torch.ones(1, prompt.frames[0], dtype=torch.long)}
         for ours, model_ in ((batch.old_logp, policy), (batch.ref_logp, reference)):
             expected = log_probs(model_, prompt.ids, ids, audio)[range(len(ids)), ids]

@@ -8,11 +8,13 @@ import tiny
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+import attention
 import model
 import train
+from attention import AudioMass
 from config import read_config
 from distributed import Team
-from model import AudioMass, token_statistics
+from model import token_statistics
 from rollout import Sampling, sample
 from run import Run, make_optimizer, open_inputs
 
@@ -98,7 +100,7 @@ def test_mass_is_linear_in_the_keys():
     (short_forward, short_backward), (long_forward, long_backward) = mass_work(128), mass_work(256)
     assert long_forward.largest == 2 * short_forward.largest
     assert long_backward.largest == 2 * short_backward.largest
-    assert short_forward.largest == 8 * model.mass_rows(torch.device("cpu")) * 128
+    assert short_forward.largest == 8 * attention.mass_rows(torch.device("cpu")) * 128
 
 
 def test_backward_of_the_mass_skips_rows_without_gradient():
@@ -119,6 +121,13 @@ def world(tmp_path_factory):
     return tiny.write_world(tmp_path_factory.mktemp("world"), tiny.qwen3_omni(std=0.08))
 
 
+def open_run(world, folder, *flags):
+    config = read_config(tiny.arguments(world, folder, *flags))
+    questions, _, policy, reference = open_inputs(config, Team())
+    optimizer, schedule = make_optimizer(policy, config)
+    return Run(config, Team(), policy, reference, questions, [], optimizer, schedule)
+
+
 @pytest.mark.parametrize("flags, frozen, masses", [
     (("--mask", "false", "--eta", "0"), 2, 0), (("--eta", "0"), 3, 0), ((), 3, 1)],
     ids=["GRPO", "mask", "MAPO"])
@@ -128,12 +137,9 @@ def test_forwards_of_a_step(world, tmp_path, monkeypatch, flags, frozen, masses)
     The mask adds the text-only pass of π_text-ref. The attention loss adds no forward, but a mass
     for each of the two target layers.
     """
-    config = read_config(tiny.arguments(world, tmp_path, *flags))
-    questions, _, policy, reference = open_inputs(config, Team())
-    optimizer, schedule = make_optimizer(policy, config)
-    run = Run(config, Team(), policy, reference, questions, [], optimizer, schedule)
+    run = open_run(world, tmp_path, *flags)
     batch = train.sample_batch(0, run)
-    train.score(batch, run)
+    train.score(batch, train.ask_checker(batch, run), run)
     count = Counter()
     forward, apply = model.Policy.forward, AudioMass.apply
     monkeypatch.setattr(model.Policy, "forward",
@@ -145,6 +151,34 @@ def test_forwards_of_a_step(world, tmp_path, monkeypatch, flags, frozen, masses)
     count.clear()
     train.update(batch, range(8), 2, run)  # step 2: with η 0 it measures no mass
     assert count["forward"] == 3 and count["mass"] == masses * 2 * 3
+
+
+@pytest.mark.parametrize("flags, frozen", [
+    ((), True), (("--lora_rank", 2, "--freeze_audio_tower", "false"), True),
+    (("--freeze_audio_tower", "false"), False)], ids=["frozen", "LoRA", "trained"])
+def test_clips_encoded_in_an_iteration(world, tmp_path, monkeypatch, flags, frozen):
+    """A frozen audio encoder runs once per clip: sampling, π_old, π_ref and the update of 8 of the
+    16 completions share its embeddings. No gradient reaches it, with checkpointing on.
+
+    A trained one runs in each forward, and a second time in the backward of the update.
+    """
+    run = open_run(world, tmp_path, "--gradient_checkpointing", "true", *flags)
+    encoded, gradients = [], []
+    part = run.policy.base.model.audio_tower.layers[0].fc1  # inside of what is recomputed
+    part.register_forward_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
+    embed = model.audio_embeddings
+    monkeypatch.setattr(model, "audio_embeddings", lambda base, **audio: encoded.append(
+        len(audio["input_features"])) or embed(base, **audio))
+    batch = train.sample_batch(0, run)
+    verdicts = train.ask_checker(batch, run)
+    train.reference_passes(batch, run)
+    train.score(batch, verdicts, run)
+    assert len({prompt.question.id for prompt in batch.prompts}) == 4 and len(batch.prompts) == 16
+    train.update(batch, range(8), 1, run)
+    if frozen:
+        assert encoded == [4] and gradients == [False]
+    else:  # 3 micro-batches, each forward and again in the backward
+        assert not encoded and sum(gradients) == 2 * 3
 
 
 def test_a_prompt_is_prefilled_once(tmp_path):
