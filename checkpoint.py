@@ -186,6 +186,7 @@ def save_checkpoint(policy, folder, team):
             save_adapter(policy, building)
     with _replacing(folder, team) as building:
         save_policy(policy, building)
+    team.gather(None)  # the others wait here while rank 0 writes: NCCL would soon give up
 
 
 @contextlib.contextmanager
@@ -327,7 +328,7 @@ def save_state(folder, step, run, batch):
     weights, moments = get_state_dict(run.policy, run.optimizer, options=options)
     with _without_warning():
         dcp.save({"weights": weights, "optimizer": moments}, checkpoint_id=building,
-                 process_group=team.group, no_dist=team.size == 1)
+                 process_group=team.group, no_dist=team.mesh is None)
     torch.save(torch.get_rng_state(), building / f"rng-{team.rank}.pt")
     if team.leads:
         torch.save({"step": step, "schedule": run.schedule.state_dict(),
@@ -367,7 +368,7 @@ def resume(run):
     weights, moments = get_state_dict(policy, optimizer, options=options)
     with _without_warning():
         dcp.load({"weights": weights, "optimizer": moments}, checkpoint_id=folder,
-                 process_group=team.group, no_dist=team.size == 1)
+                 process_group=team.group, no_dist=team.mesh is None)
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments,
                    options=options)
     run.schedule.load_state_dict(saved["schedule"])

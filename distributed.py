@@ -3,8 +3,8 @@
     torchrun --nnodes 4 --nproc-per-node 8 train.py …      # nodes 0 to 2 train, node 3 serves vLLM
 
 All trainers run the same program, each on its part of the completions of a step. Rank 0 leads: it
-samples, scores and writes. One process without torchrun is a team of one: nothing is sharded and
-nothing is sent. Skip this file on a first reading.
+samples, scores and writes. One process is a team of one: nothing is sent, and only on a GPU is the
+policy sharded, for its gathering in bf16. Skip this file on a first reading.
 """
 
 import contextlib
@@ -32,8 +32,11 @@ from server import Command, Server
 
 BEAT_SECONDS = 2  # how often a process shows that it is alive
 SILENCE_SECONDS = 40  # a process that was silent for so long counts as dead
+JOIN_SECONDS = 1800  # how long the ranks wait for the last one to start: a slow disk takes minutes
+TELL_SECONDS = 60  # after so long, rank 0 says for whom they wait
 CONNECT_SECONDS, CONNECT_ATTEMPTS = 30, 4
-COLLECTIVE_SECONDS = 7200  # how long the other ranks wait for rank 0 while it samples
+COLLECTIVE_SECONDS = 7200  # of gloo: how long the other ranks wait for rank 0 while it samples
+NCCL_SECONDS = 600  # of NCCL, where no rank waits for rank 0
 
 
 # ──────── who does what ────────
@@ -48,7 +51,8 @@ class Team:
     device: torch.device = torch.device("cpu")
     serves: bool = False  # this process is on the node that serves, and does not train
     node_serves: bool = False  # there is a node that serves
-    mesh: DeviceMesh | None = None  # None: one process
+    mesh: DeviceMesh | None = None  # None: one process without a GPU, where nothing is sharded
+    dtype: torch.dtype | None = None  # parameters are gathered in it; None: as they are
     group: dist.ProcessGroup | None = None  # gloo, for Python objects
     store: dist.Store | None = None  # the rendezvous store, shared by all nodes
 
@@ -167,23 +171,29 @@ def join(config):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        yield Team(device=device)
+        with (_alone(device, "nccl") if device.type == "cuda"
+              else contextlib.nullcontext(Team(device=device))) as team:
+            yield team
         return
     nodes, here = int(os.environ["GROUP_WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     trainers = (nodes - rollout_nodes(config)) * here
     _check_world(config, world, nodes, here, trainers)
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
+    # torchrun sets OMP_NUM_THREADS=1, but casts and splits of whole weights run on the CPU.
+    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     store, rank, _ = next(dist.rendezvous("env://"))
     over = threading.Event()
     watch = threading.Thread(target=_watch, args=(store.clone(), rank, world, over), daemon=True)
     watch.start()
     try:
-        group = _connect(device, store, rank, world, trainers)
-        mesh = None
-        if rank < trainers:
-            mesh = DeviceMesh.from_group(group, device.type, mesh_dim_names=("shard",))
-        yield Team(rank, trainers, device, rank >= trainers, trainers < world, mesh, group, store)
+        _wait_for_all(store, rank, world, here)
+        group = _connect(store, rank, world, trainers)
+        mesh, dtype = None, None
+        if device.type == "cuda":
+            mesh, dtype = _mesh(device, "nccl", list(range(trainers))), torch.bfloat16
+        elif rank < trainers:
+            mesh = DeviceMesh.from_group(group, "cpu", mesh_dim_names=("shard",))
+        yield Team(rank, trainers, device, rank >= trainers, trainers < world, mesh, dtype, group,
+                   store)
         if rank == 0:
             store.set("over", "well")
         dist.barrier()  # gloo aborts a process whose peer tears the connection down first
@@ -201,24 +211,81 @@ def join(config):
     dist.destroy_process_group()
 
 
-def _connect(device, store, rank, world, trainers):
-    """The trainers' process group: NCCL for tensors on GPUs, gloo for the rest.
+@contextlib.contextmanager
+def _alone(device, backend):
+    """A Team of one process that shards like many: fp32 master weights, gathered in bf16."""
+    dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())  # no port
+    try:
+        mesh = _mesh(device, backend, [0])
+        yield Team(device=device, mesh=mesh, dtype=torch.bfloat16, group=dist.group.WORLD)
+    finally:
+        dist.destroy_process_group()
+
+
+def _mesh(device, backend, trainers):
+    """A mesh of the ranks `trainers` with a process group of its own; None on the other ranks.
+
+    The group is theirs alone: NCCL takes no memory on the node that serves, and notices a stuck
+    collective long before gloo's time-out. Every rank makes this call.
+    """
+    bound = {}
+    if device.type == "cuda" and dist.get_rank() in trainers:
+        torch.cuda.set_device(device)
+        bound = {"device_id": device}  # connects now, not in the first collective
+    group = dist.new_group(trainers, backend=backend, **bound,
+                           timeout=datetime.timedelta(seconds=NCCL_SECONDS))
+    if dist.get_rank() not in trainers:
+        return None
+    return DeviceMesh.from_group(group, device.type, mesh_dim_names=("shard",))
+
+
+def _wait_for_all(store, rank, world, here):
+    """Announces this rank, and returns when all have: they may start minutes apart.
+
+    Raises InputError, which names the missing ranks, after JOIN_SECONDS.
+    """
+    names = [f"here/{r}" for r in range(world)]
+    store.set(names[rank], socket.gethostname())
+    started, told = time.monotonic(), rank > 0
+    while not store.check(names):
+        waited = time.monotonic() - started
+        if waited > JOIN_SECONDS:
+            raise InputError(f"after {JOIN_SECONDS} s, these processes have not started: "
+                             f"{_missing(store, world, here)}; look at the output of their nodes")
+        if waited > TELL_SECONDS and not told:
+            told = True
+            print(f"still waiting for {_missing(store, world, here)}", flush=True)
+        time.sleep(0.2)
+
+
+def _missing(store, world, here):
+    """The ranks that have not announced themselves, node by node. `here`: processes of a node."""
+    nodes = []
+    for first in range(0, world, here):
+        came = {r: store.check([f"here/{r}"]) for r in range(first, first + here)}
+        host = next((store.get(f"here/{r}").decode() for r in came if came[r]), "unknown host")
+        if absent := ", ".join(str(r) for r in came if not came[r]):
+            nodes.append(f"rank {absent} of node {first // here} ({host})")
+    return "; ".join(nodes)
+
+
+def _connect(store, rank, world, trainers):
+    """Connects all ranks with gloo → the trainers' group.
 
     All ranks repeat the first handshake together if it fails: gloo's hangs now and then (seen on
     loopback) and would otherwise wait as long as a collective may.
     """
     patience = datetime.timedelta(seconds=CONNECT_SECONDS)
-    backend = "cuda:nccl,cpu:gloo" if device.type == "cuda" else "gloo"
     for attempt in range(CONNECT_ATTEMPTS):
         ready = [f"ready/{attempt}/{r}" for r in range(world)]
         failed = f"no-connection/{attempt}"
         try:
-            dist.init_process_group(backend, rank=rank, world_size=world, timeout=patience,
+            dist.init_process_group("gloo", rank=rank, world_size=world, timeout=patience,
                                     store=dist.PrefixStore(f"attempt-{attempt}", store))
             group = dist.group.WORLD
             if trainers < world:
                 group = dist.new_group(list(range(trainers)), timeout=patience)
-            dist.barrier(device_ids=None if device.type == "cpu" else [device.index])
+            dist.barrier()
             store.set(ready[rank], "yes")
         except RuntimeError as error:
             store.set(failed, f"rank {rank}: {str(error)[:200]}")

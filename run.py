@@ -315,6 +315,7 @@ def open_servers(config, policy, questions, team):
     Only rank 0 of a team talks to them. Where a node serves, they run on that node.
     """
     folder, server, checker = Path(config.output_dir).resolve(), None, None
+    in_flight = config.generation_batch_size // config.group_size  # all questions of a batch
     served = Path(config.model).resolve()
     is_thinker = policy.full_config is None and policy.base.config.model_type in WHOLE_MODEL
     if config.rollout == "vllm" and is_thinker:  # vLLM serves a thinker only in its whole model
@@ -328,11 +329,13 @@ def open_servers(config, policy, questions, team):
         if config.rollout == "vllm":  # remove the pushed weights at the end
             stack.callback(remove_numbered, folder / "weights", "version")
         if config.rollout == "vllm" and config.vllm_url:
-            server = stack.enter_context(Server(served, url=config.vllm_url))
+            server = stack.enter_context(Server(served, url=config.vllm_url,
+                                                in_flight=in_flight))
         elif config.rollout == "vllm":
             command = Command(vllm_python(config), folder / "vllm.log", config.vllm_flags,
-                              clips=max(len(q.audio) for q in questions))
-            server = launch(stack, team, "rollout", served, command)
+                              clips=max(len(q.audio) for q in questions),
+                              sequences=config.generation_batch_size)
+            server = launch(stack, team, "rollout", served, command, in_flight=in_flight)
         if config.reward_weights[2] != 0 and Path(config.checker).is_dir():
             # They share the GPUs, and vLLM measures the free memory while it starts: one by one.
             if server and server.ours:
@@ -356,6 +359,7 @@ def update_server(run, iteration, prompts):
     changed = team.broadcast(team.leads and run.server.version != run.steps_done)
     if changed:
         push_weights(run.server, run.policy, Path(config.output_dir) / "weights", run.steps_done)
+        team.gather(None)  # the others wait here for rank 0: NCCL would soon give up
     due = run.checks == 1 or iteration % config.check_push_every == 0
     if run.checks == 0 or changed and due:
         check_push(run.server, run.policy, prompts[:4], temperature=config.temperature,

@@ -32,12 +32,13 @@ from tqdm import tqdm
 from data import InputError
 from rewards import PassingFault, passing_status
 
-IN_FLIGHT = 64  # most questions that a server works on at the same time
 ATTEMPTS = 5  # for one request, when the connection or the server has a fault that may pass
 START_SECONDS = 1800  # longest start; the 30B takes minutes to load
 STALL_SECONDS = 300  # a server with questions to answer that makes no token for so long is dead
 PUSH_SECONDS = 600  # longest reload of the weights
 DEATHS = 3  # deaths in a row that end the run
+TORCHRUN = ("((LOCAL_|GROUP_|ROLE_)?(RANK|WORLD_SIZE)|ROLE_NAME|MASTER_(ADDR|PORT)"
+            "|TORCHELASTIC_.*|TORCH_NCCL_ASYNC_ERROR_HANDLING)")  # variables that it sets
 
 
 class RolloutError(RuntimeError):
@@ -55,6 +56,7 @@ class Command:
     log: Path  # file for vLLM's output
     flags: str = ""  # further flags for vLLM, in one string
     clips: int = 1  # most audio clips in one question
+    sequences: int = 0  # completions that vLLM samples at the same time; 0: its default
     host: str = "127.0.0.1"  # address to listen on; the port is a free one
 
 
@@ -70,16 +72,19 @@ class Server:
         environment's VLLM_API_KEY for a url.
     weights_change: False for a server that never gets new weights (the checker).
     name: the model name in requests.
+    in_flight: most questions that are asked at the same time, a generation batch in training. Their
+        bodies are in memory, as text and as bytes: about 500 MB for 96 clips of 30 s (fp32,
+        base64). An evaluation asks thousands of questions, hence a bound.
 
     Raises InputError when there is no key for an address other than this machine's loopback, and
     RolloutError when the server does not start.
     """
 
     def __init__(self, folder, command=None, *, url=None, key=None, restart=None,
-                 weights_change=True, name="policy"):
+                 weights_change=True, name="policy", in_flight=64):
         self.folder, self.command, self.restart = folder, command, restart
         self.url = url and url.rstrip("/")
-        self.weights_change, self.name = weights_change, name
+        self.weights_change, self.name, self.in_flight = weights_change, name, in_flight
         if key is None:
             key = os.environ.get("VLLM_API_KEY", "") if url else secrets.token_hex(32)
         if not key and not (url and _is_loopback(urlsplit(url).hostname)):
@@ -146,13 +151,13 @@ class Server:
 
     async def _ask(self, requests, read, groups, bar):
         """Sends the requests that are not yet in `groups`, and watches the server meanwhile."""
-        slots = asyncio.Semaphore(IN_FLIGHT)
+        slots = asyncio.Semaphore(self.in_flight)
         async with httpx.AsyncClient(base_url=self.url, headers=self._headers(),
-                                     limits=httpx.Limits(max_connections=IN_FLIGHT + 1),
+                                     limits=httpx.Limits(max_connections=self.in_flight + 1),
                                      timeout=httpx.Timeout(60, read=None),
                                      trust_env=self.trust_env) as client:
             async def one(i):
-                async with slots:  # the body holds audio: make it when its turn comes
+                async with slots:  # the body holds audio: make it when it is sent
                     question, make_body = requests[i]
                     body = await asyncio.to_thread(make_body)
                     groups[i] = read(i, await self._chat(client, question, body))
@@ -329,12 +334,13 @@ class Server:
                       json.dumps({"image": 0, "video": 0, "audio": command.clips}),
                       "--mm-processor-cache-gb", "0",
                       "--chat-template-content-format", "openai"]
+        words += _batch_flags(command)
         # Not this folder: vLLM's environment must not see modules named config, data or server.
         plugin = Path(__file__).resolve().parent / "vllm_plugin"
         path = [str(plugin), os.environ.get("PYTHONPATH", "")]
         environment = {
             "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **os.environ,
+            "HF_HUB_OFFLINE": "1", "VLLM_NO_USAGE_STATS": "1", **_without_torchrun(os.environ),
             "VLLM_API_KEY": self.key,  # every user of the machine can read a command line
             "VLLM_SERVER_DEV_MODE": str(int(self.weights_change)),
             "PYTHONPATH": os.pathsep.join(filter(None, path))}
@@ -391,6 +397,27 @@ exec "$@" </dev/null 3<&-"""
 def reload_call(folder):
     """Body of the request that runs vllm_worker.WeightReload.load_folder on every worker."""
     return {"method": "load_folder", "args": [str(folder)], "timeout": PUSH_SECONDS}
+
+
+def _batch_flags(command):
+    """vLLM's flags for `command.sequences` completions at a time. command.flags come later and win.
+
+    By itself vLLM makes CUDA graphs for up to 512. Above that, their sizes are multiples of 16.
+    """
+    size = min(command.sequences, 2048)  # the smallest default of --max-num-batched-tokens
+    if size <= 512 or re.search("max.num.seqs|cudagraph", command.flags):
+        return ["--max-num-seqs", size] if size else []
+    size = -(-size // 16) * 16
+    return ["--max-num-seqs", size, "--max-cudagraph-capture-size", size]
+
+
+def _without_torchrun(environment):
+    """An environment without what torchrun sets: vLLM would take it for its own processes."""
+    kept = {name: x for name, x in environment.items() if not re.fullmatch(TORCHRUN, name)}
+    # It sets one thread where the user has set no number.
+    if "TORCHELASTIC_RUN_ID" in environment and kept.get("OMP_NUM_THREADS") == "1":
+        del kept["OMP_NUM_THREADS"]
+    return kept
 
 
 def _dtype(folder):

@@ -24,8 +24,9 @@ from run import check_policy
 
 FAMILIES = ("qwen3_omni", "qwen2_5_omni", "qwen2_audio")
 COMPLETIONS = [[5, 6, 7], [8], [9, 10]]  # of the three questions
-ALONE = SimpleNamespace(leads=True, rank=0, size=1, group=None, gather=lambda value: [value],
-                        broadcast=lambda value: value)  # a distributed.Team of one process
+ALONE = SimpleNamespace(  # a distributed.Team of one process
+    leads=True, rank=0, size=1, mesh=None, group=None, gather=lambda value: [value],
+    broadcast=lambda value: value)
 
 
 def forward(policy, questions):

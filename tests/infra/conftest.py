@@ -102,7 +102,8 @@ def victim(world, tmp_path_factory, stand_in):
 @pytest.fixture
 def light(world, tmp_path, stand_in):
     """light() → a Server of the stand-in's that starts at once and has no model."""
-    def make(**more):
+    def make(flags="", sequences=0, **more):
         want(light=True)
-        return Server(world / "model", Command(python=STAND_IN, log=tmp_path / "vllm.log"), **more)
+        return Server(world / "model", Command(python=STAND_IN, log=tmp_path / "vllm.log",
+                                               flags=flags, sequences=sequences), **more)
     return make

@@ -6,6 +6,7 @@ The runs are those of run_train.py, which has another reward, and faults on dema
 """
 
 import contextlib
+import dataclasses
 import json
 import math
 import multiprocessing
@@ -15,12 +16,14 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
 import pytest
 import tiny
 import torch
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel
@@ -35,8 +38,9 @@ import train
 from config import read_config
 from data import read_questions
 from distributed import Team
-from run import set_trainable
+from run import Run, make_optimizer, set_trainable
 from processes import CLEAN, free_port, gone, torchrun
+from server import Command
 from tiny import arguments, lines
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -57,22 +61,27 @@ def near(value, **within):
 
 
 @pytest.fixture(scope="module")
-def alone(tmp_path_factory):
-    """alone(flags, FAULT=…) → exit code and output of a run in one process of its own.
-
-    A server process that has loaded all modules forks it.
+def forks():
+    """A multiprocessing context. A server process that has loaded all modules forks its processes.
     """
-    context, folder = multiprocessing.get_context("forkserver"), tmp_path_factory.mktemp("alone")
-    context.set_forkserver_preload(["run_train", "matplotlib.figure", "peft"])
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["run_train", "run_join", "matplotlib.figure", "peft"])
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PYTHONPATH", os.pathsep.join(map(str, (ROOT, INFRA.parent, INFRA))))
         patch.setenv("OMP_NUM_THREADS", "1")
         multiprocessing.forkserver.ensure_running()
+    return context
+
+
+@pytest.fixture(scope="module")
+def alone(forks, tmp_path_factory):
+    """alone(flags, FAULT=…) → exit code and output of a run in one process of its own."""
+    folder = tmp_path_factory.mktemp("alone")
 
     def run(flags, **environment):
         import run_train
-        process = context.Process(target=run_train.forked,
-                                  args=(flags, environment, folder / "output"))
+        process = forks.Process(target=run_train.forked,
+                                args=(flags, environment, folder / "output"))
         process.start()
         try:
             process.join(180)
@@ -205,6 +214,196 @@ def test_portion(sizes, size):
             assert min(size_of[row] for row, _ in here) >= max(size_of[row] for row, _ in after)
 
 
+# ──────── joining ────────
+
+
+class Joining:
+    """A job's rendezvous store, and its ranks, which start one by one."""
+
+    def __init__(self, forks, folder, world, **options):
+        self.store = dist.TCPStore("127.0.0.1", 0, None, True, wait_for_workers=False)
+        self.forks, self.folder, self.world, self.options = forks, folder, world, options
+        self.processes = {}
+
+    def start(self, *ranks):
+        import run_join
+        for rank in ranks:
+            self.processes[rank] = self.forks.Process(
+                target=run_join.forked, kwargs=self.options,
+                args=(rank, self.world, self.store.port, self.folder / f"rank-{rank}"))
+            self.processes[rank].start()
+
+    def wait_for(self, *keys):
+        until = time.monotonic() + 60
+        while not self.store.check(list(keys)):
+            assert time.monotonic() < until, keys
+            time.sleep(0.05)
+
+    def end(self, rank, seconds=60):
+        """→ exit code and output of a rank that must end by itself"""
+        self.processes[rank].join(seconds)
+        return self.processes[rank].exitcode, (self.folder / f"rank-{rank}").read_text()
+
+    def found(self, rank):
+        """What a rank that joins has printed."""
+        code, output = self.end(rank)
+        assert code == 0, output
+        return output, json.loads(output.splitlines()[-1])
+
+
+@pytest.fixture
+def joining(forks, tmp_path):
+    """joining(world, here=…, …) → a Joining; the rest are options of run_join.forked."""
+    jobs = []
+
+    def make(world, **options):
+        jobs.append(Joining(forks, tmp_path, world, **options))
+        return jobs[-1]
+
+    yield make
+    for job in jobs:
+        for process in job.processes.values():
+            process.kill()
+            process.join()
+
+
+def test_ranks_that_start_far_apart(joining):
+    """Two ranks connect although the second starts later than all attempts to connect would take.
+
+    Rank 0 says for whom it waits, once. Each rank of a node gets its part of the cores.
+    """
+    job = joining(2, here=2, CONNECT_SECONDS=1, TELL_SECONDS=2, JOIN_SECONDS=60)
+    job.start(0)
+    job.wait_for("here/0")
+    time.sleep(6)
+    job.start(1)
+    outputs, found = zip(*map(job.found, (0, 1)))
+    assert [f["gathered"] for f in found] == [[0, 1]] * 2
+    assert [f["threads"] for f in found] == [12 // 2] * 2
+    assert outputs[0].count("still waiting for rank 1 of node 0 (") == 1, outputs[0]
+    assert "waiting" not in outputs[1]
+
+
+def test_a_rank_that_never_comes(joining):
+    """Rank 2 of four does not start: every other rank ends with an error that names it."""
+    job = joining(4, here=2, JOIN_SECONDS=2)
+    job.start(0, 1, 3)
+    for rank in (0, 1, 3):
+        code, output = job.end(rank)
+        assert code == 1, output
+        assert "after 2 s, these processes have not started: rank 2 of node 1 (" in output
+
+
+@pytest.mark.parametrize("act, message", [
+    (signal.SIGINT, "error: rank 1: KeyboardInterrupt"),
+    pytest.param(signal.SIGKILL, "error: rank 1 has been silent for 4 s", marks=pytest.mark.slow)])
+def test_a_rank_that_fails_while_the_others_wait(joining, act, message):
+    """Rank 0 ends at once, not after JOIN_SECONDS: it waits for a third rank when rank 1 fails."""
+    job = joining(3, here=1, SILENCE_SECONDS=4, JOIN_SECONDS=600)
+    job.start(0, 1)
+    job.wait_for("here/0", "here/1", "beat/1")
+    os.kill(job.processes[1].pid, act)
+    code, output = job.end(0)
+    assert code == 1 and message in output, output
+
+
+@pytest.mark.parametrize("serve", [0, 1])
+def test_process_groups(joining, serve):
+    """Of three ranks with a GPU each, which we pretend: gloo for objects, with a long time-out, and
+    NCCL (recorded; gloo here) for the mesh of the ranks that train, with its own time-out."""
+    job, trainers = joining(3, here=1, serve=serve, gpus=True), list(range(3 - serve))
+    job.start(0, 1, 2)
+    for rank in range(3):
+        _, found = job.found(rank)
+        trains, gloo = rank < 3 - serve, [[None, trainers, 30, None]]
+        nccl = ["nccl", trainers, 600, "cuda:0" if trains else None]
+        assert found["calls"] == [*gloo[:serve], *[["set_device", "cuda:0"]][:trains], nccl]
+        assert found["WORLD"] == 7200 and found["threads"] == 12
+        if trains:
+            assert (found["gathered"], found["sum"]) == (trainers, sum(trainers))
+            assert (found["group"], found["mesh"]) == (7200, 600)
+            assert (found["device"], found["dtype"]) == ("cuda", "torch.bfloat16")
+
+
+def test_process_groups_on_cpus(joining):
+    """The mesh is made from the group of the ranks that train, and nothing is rounded to bf16."""
+    job = joining(3, here=1, serve=1)
+    job.start(0, 1, 2)
+    for rank in (0, 1):
+        _, found = job.found(rank)
+        assert (found["gathered"], found["sum"], found["one group"]) == ([0, 1], 1, True)
+        assert (found["group"], found["device"], found["dtype"]) == (7200, "cpu", "None")
+    assert job.found(2)[1]["WORLD"] == 7200
+
+
+# ──────── one GPU ────────
+
+
+@pytest.fixture
+def gpu():
+    """The Team of a process with one GPU, with gloo on the CPU in its place."""
+    with distributed._alone(torch.device("cpu"), "gloo") as team:
+        yield team
+    assert not dist.is_initialized()
+
+
+def test_one_gpu_is_a_mesh_of_one(gpu, world):
+    """fp32 master weights that are gathered in bf16: bit for bit the log-probs, masses and
+    gradients of a model whose parameters are bf16, but gradients and parameters stay fp32."""
+    assert (gpu.size, gpu.leads, gpu.mesh.size(), gpu.dtype) == (1, True, 1, torch.bfloat16)
+    policy = checkpoint.load_policy(world / "model")
+    low = checkpoint.load_policy(world / "model")
+    for p in low.parameters():
+        p.data = p.data.bfloat16()
+    sharded = distributed.shard(checkpoint.load_policy(world / "model", meta=True), gpu, gpu.dtype)
+    distributed.fill(sharded, policy, gpu)
+    prompts = [policy.encode(q) for q in read_questions(world / "train.jsonl")[:3]]
+    batch = policy.collate(prompts, [[5, 6, 7], [8], [9, 10]])
+    found, wanted = (each(batch, 1.2, (1, 2)) for each in (sharded, low))
+    for statistics in (found, wanted):
+        (statistics.logp.sum() + statistics.head_mass.sum()).backward()
+    assert torch.equal(found.logp, wanted.logp)
+    assert torch.equal(found.head_mass, wanted.head_mass)
+    expected, trained = dict(low.named_parameters()), 0
+    for name, p in sharded.named_parameters():
+        assert p.dtype == torch.float32 and torch.equal(p.to_local(), policy.get_parameter(name))
+        if p.grad is not None:
+            trained += 1
+            assert p.grad.dtype == torch.float32
+            assert torch.equal(p.grad.to_local(), expected[name].grad.float()), name
+    assert trained > 20
+
+
+def test_one_gpu_saves_and_resumes(gpu, world, tmp_path):
+    """The state has the fp32 masters and AdamW's moments, and an export has the whole weights."""
+    config = read_config(arguments(world, tmp_path))
+
+    def loaded():
+        policy = set_trainable(checkpoint.load_policy(world / "model", meta=True), config)
+        policy = distributed.shard(policy, gpu, gpu.dtype)
+        distributed.fill(policy, checkpoint.load_policy(world / "model"), gpu)
+        run = Run(config, gpu, policy, None, [], [], *make_optimizer(policy, config), rows={})
+        return run, {name: p.to_local() for name, p in policy.named_parameters()}
+
+    run, weights = loaded()
+    for group in run.optimizer.param_groups:
+        group["lr"] = 1e-3  # the schedule starts at 0
+        for p in group["params"]:
+            p.grad = p.detach().clone()
+    run.optimizer.step()
+    checkpoint.save_state(tmp_path / "state", 1, run, None)
+    checkpoint.save_checkpoint(run.policy, tmp_path / "checkpoint", gpu)
+    again, resumed = loaded()
+    assert any(not torch.equal(resumed[name], weights[name]) for name in weights)
+    assert checkpoint.resume(again) == (1, None)
+    assert all(torch.equal(resumed[name], weights[name]) for name in weights)
+    moments, saved = (run_.optimizer.state_dict()["state"] for run_ in (again, run))
+    assert all(torch.equal(moments[i]["exp_avg"].to_local(), saved[i]["exp_avg"].to_local())
+               for i in saved)
+    exported = checkpoint.load_policy(tmp_path / "checkpoint")
+    assert all(torch.equal(p, weights[name]) for name, p in exported.named_parameters())
+
+
 # ──────── exports ────────
 
 
@@ -252,9 +451,53 @@ def test_export_of_two_ranks(world, runs, name):
 SERVED = ["--rollout", "vllm", "--vllm_python", "tests/stand_in/python"]
 
 
-def environment_of(pid):
-    pairs = Path(f"/proc/{pid}/environ").read_text().split("\0")
-    return dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+def test_a_node_that_serves_is_told_everything(tmp_path, monkeypatch):
+    """Every field of Command and every option of Server reaches the server on that node."""
+    made = []
+
+    class Recorded(contextlib.nullcontext):
+        url, key = "http://10.0.0.1:1", "abc"
+
+        def __init__(self, folder, command=None, **options):
+            super().__init__(self)
+            made.append((command, options))
+
+        def raise_if_never_ready(self):
+            pass
+
+    def train_there():
+        with contextlib.ExitStack() as stack:
+            distributed.launch(stack, team, "rollout", tmp_path, command, name="p", in_flight=96)
+        team.store.set("over", "well")
+
+    monkeypatch.setattr(distributed, "Server", Recorded)
+    monkeypatch.setattr(distributed, "_own_address", lambda: "10.0.0.1")
+    monkeypatch.setenv("LOCAL_RANK", "0")
+    team = Team(node_serves=True, store=dist.HashStore())
+    command = Command(python="python", log=str(tmp_path / "log"), flags="--seed 3", clips=2,
+                      sequences=768)
+    fields = dataclasses.asdict(command)
+    assert all(fields[f.name] != f.default for f in dataclasses.fields(Command)
+               if f.name != "host")
+    trainer, handler = threading.Thread(target=train_there), signal.getsignal(signal.SIGTERM)
+    trainer.start()
+    try:
+        distributed.serve(team)
+    finally:
+        signal.signal(signal.SIGTERM, handler)
+        trainer.join()
+    options = {"name": "p", "in_flight": 96}
+    assert made[0] == (dataclasses.replace(command, host="10.0.0.1"), options)
+    restart = made[1][1].pop("restart")
+    assert made[1] == (None, {"url": Recorded.url, "key": "abc", **options}) and restart
+
+
+def rank_of_parent(pid):
+    """Rank and node of the process that started a server. The server itself does not know them."""
+    parent = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1]
+    pairs = Path(f"/proc/{parent}/environ").read_text().split("\0")
+    environment = dict(pair.split("=", 1) for pair in pairs if "=" in pair)
+    return environment["RANK"], environment["GROUP_RANK"]
 
 
 @pytest.mark.slow
@@ -279,7 +522,7 @@ def test_four_nodes_one_of_which_serves(world, alone, tmp_path):
                      if log.is_file() else [])
             for pid in {r["pid"] for r in asked} - set(servers):
                 with contextlib.suppress(OSError):
-                    servers[pid] = environment_of(pid)
+                    servers[pid] = rank_of_parent(pid)
             chats = [r["pid"] for r in asked if r["path"] == "/v1/chat/completions"]
             if (killed is None and metrics.is_file() and chats[-1] == list(servers)[-1]
                     and len(lines(metrics)) >= 2):
@@ -291,7 +534,7 @@ def test_four_nodes_one_of_which_serves(world, alone, tmp_path):
     assert killed
     assert len(servers) == 6  # one per run, the checker, and the successor of the killed one
     assert "/health" in (tmp_path / "checked" / "checker.log").read_text()
-    assert {(s["RANK"], s["GROUP_RANK"]) for s in servers.values()} == {("3", "3")}
+    assert set(servers.values()) == {("3", "3")}
     for name in names:
         metrics = lines(tmp_path / name / "metrics.jsonl")
         versions = [0, 0, 0, 0, 2] if name == "async" else [0, 0, 2, 2, 4]
@@ -334,7 +577,7 @@ import distributed
 distributed.CONNECT_SECONDS = 2
 rank = int(sys.argv[1])
 store = dist.TCPStore("127.0.0.1", int(sys.argv[2]), 2, rank == 0)
-distributed._connect(torch.device("cpu"), store, rank, 2, 1)  # rank 1 serves
+distributed._connect(store, rank, 2, 1)  # rank 1 serves
 time.sleep(0 if rank else 5)
 dist.barrier()
 print("through", flush=True)

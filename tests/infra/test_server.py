@@ -8,8 +8,10 @@ import base64
 import io
 import json
 import math
+import os
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -66,7 +68,7 @@ def test_options_reach_the_server(base, served, monkeypatch, options):
     """
     policy, prompts = base
     prompts = prompts[1:4]
-    monkeypatch.setattr(server_module, "IN_FLIGHT", 1)  # requests arrive in the prompts' order
+    monkeypatch.setattr(served, "in_flight", 1)  # requests arrive in the prompts' order
     own_eos = policy.eos_ids[0]
     monkeypatch.setattr(policy, "eos_ids", [*range(0, own_eos, 4), own_eos])
     found = ask_for(policy, prompts, served, **options)
@@ -120,18 +122,40 @@ def test_seeds_of_questions_do_not_overlap(base, served):
 
 
 def test_as_many_questions_at_once_as_in_flight(base, served, monkeypatch):
-    """Never more than IN_FLIGHT, and that many as long as there is work."""
+    """Never more than in_flight, and that many as long as there is work."""
     policy, prompts = base
-    monkeypatch.setattr(server_module, "IN_FLIGHT", 3)
+    monkeypatch.setattr(served, "in_flight", 3)
     want(delay=0.2)
     ask_for(policy, prompts, served, max_new_tokens=2)
     assert len(chats()) == 6 and max(r["in_flight"] for r in chats()) == 3
 
 
+@pytest.mark.parametrize("in_flight, wave", [(96, 96), (64, 64)])
+def test_waves(light, in_flight, wave):
+    """96 questions are one wave if so many may be in flight. With 64, 32 of them have to wait.
+
+    The server is paused, so it answers none before all of a wave have arrived.
+    """
+    with light(in_flight=in_flight) as server:
+        server.wait()
+        server._post("/pause")
+        body = {"messages": [{"role": "user", "content": "Is it one wave?"}]}
+        with ThreadPoolExecutor(1) as pool:
+            answers = pool.submit(server.complete, [(i, lambda: body) for i in range(96)],
+                                  lambda i, answer: [i], False)
+            until = time.monotonic() + 60
+            while len(chats()) < wave and time.monotonic() < until:
+                time.sleep(0.05)
+            arrived = len(chats())
+            server._post("/resume")
+            assert answers.result() == list(range(96))
+    assert arrived == wave == max(r["in_flight"] for r in chats()) and len(chats()) == 96
+
+
 def test_clips_are_read_when_their_turn_comes(base, served, monkeypatch):
-    """The audio of a whole batch is never in memory at the same time."""
+    """The audio of questions that wait is not in memory."""
     policy, prompts = base
-    monkeypatch.setattr(server_module, "IN_FLIGHT", 1)
+    monkeypatch.setattr(served, "in_flight", 1)
     load_clip, read, order = policy.load_clip, rollout._read, []
     monkeypatch.setattr(policy, "load_clip", lambda path: order.append("clip") or load_clip(path))
     monkeypatch.setattr(rollout, "_read", lambda *given: order.append("answer") or read(*given))
@@ -223,6 +247,61 @@ def test_one_clip_too_many(base, served):
     three = Question("q9", (*two.audio, two.audio[0]), "?", ("a", "b"), "a")
     with pytest.raises(RolloutError, match="HTTP 400.*audio.*2"):
         ask_for(policy, [policy.encode(three)], served)
+
+
+# ──────── the subprocess ────────
+
+
+@pytest.mark.parametrize("sequences, flags, expected", [
+    (0, "", []), (256, "", ["--max-num-seqs", 256]), (512, "", ["--max-num-seqs", 512]),
+    (768, "", ["--max-num-seqs", 768, "--max-cudagraph-capture-size", 768]),
+    (1000, "", ["--max-num-seqs", 1008, "--max-cudagraph-capture-size", 1008]),
+    (4096, "", ["--max-num-seqs", 2048, "--max-cudagraph-capture-size", 2048]),
+    (768, "--max_num_seqs=64", ["--max-num-seqs", 768]),
+    (768, "-cc.cudagraph_mode=NONE", ["--max-num-seqs", 768])])
+def test_flags_for_a_batch(sequences, flags, expected):
+    """All of a batch at once, and in a CUDA graph, unless the user's flags say how many."""
+    command = Command("python", "log", flags=flags, sequences=sequences)
+    assert server_module._batch_flags(command) == expected
+
+
+def test_the_users_flags_come_last(light):
+    """Of repeated flags, vLLM's parser takes the last."""
+    with light(flags="--max-num-seqs 64", sequences=768) as server:
+        server.wait()
+        words = Path(f"/proc/{server.process.pid}/cmdline").read_text().split("\0")
+    places = [i for i, word in enumerate(words) if word == "--max-num-seqs"]
+    assert [words[i + 1] for i in places] == ["768", "64"]
+
+
+TORCHRUN = {"RANK": 3, "LOCAL_RANK": 3, "WORLD_SIZE": 8, "LOCAL_WORLD_SIZE": 4, "GROUP_RANK": 0,
+            "GROUP_WORLD_SIZE": 2, "ROLE_RANK": 3, "ROLE_WORLD_SIZE": 8, "ROLE_NAME": "default",
+            "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": 1, "TORCHELASTIC_RUN_ID": "none",
+            "TORCHELASTIC_RESTART_COUNT": 0, "TORCHELASTIC_MAX_RESTARTS": 0,
+            "TORCHELASTIC_USE_AGENT_STORE": "True", "TORCHELASTIC_ERROR_FILE": "/e",
+            "TORCH_NCCL_ASYNC_ERROR_HANDLING": 1, "OMP_NUM_THREADS": 1}
+
+
+def test_the_server_does_not_see_torchrun(light, monkeypatch):
+    """vLLM would take torchrun's processes for its own. It gets all the rest of the environment.
+
+    That includes a number of threads that the user chose: torchrun's own choice is 1.
+    """
+    others = {"NCCL_DEBUG": "WARN", "GLOO_SOCKET_IFNAME": "lo", "MY_RANK": "5", "ROLE_ARN": "x"}
+
+    def child(**variables):
+        for name, value in {**others, **variables}.items():
+            monkeypatch.setenv(name, str(value))
+        with light() as server:
+            server.wait()
+            pairs = Path(f"/proc/{server.process.pid}/environ").read_text().split("\0")
+        seen = dict(pair.split("=", 1) for pair in pairs if pair)
+        assert others.items() <= seen.items() and seen["PATH"] == os.environ["PATH"]
+        return {name: seen[name] for name in TORCHRUN if name in seen}
+
+    assert child(OMP_NUM_THREADS=1) == {"OMP_NUM_THREADS": "1"}  # without torchrun
+    assert child(**TORCHRUN) == {}
+    assert child(**TORCHRUN | {"OMP_NUM_THREADS": 8}) == {"OMP_NUM_THREADS": "8"}
 
 
 # ──────── the key ────────

@@ -48,7 +48,7 @@ def test_death_in_the_middle_of_a_batch(world, victim, tmp_path, monkeypatch, fa
     server has the weights that were pushed to the old one.
     """
     monkeypatch.setattr(server_module, "STALL_SECONDS", 3)
-    monkeypatch.setattr(server_module, "IN_FLIGHT", 2)
+    monkeypatch.setattr(victim, "in_flight", 2)
     policy, prompts = load(world, change=5)
     push_weights(victim, policy, tmp_path, 21)
     before = ask_for(policy, prompts, victim, seed=3)

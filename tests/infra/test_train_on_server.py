@@ -8,6 +8,7 @@ import os
 import re
 import signal
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import tiny
@@ -105,6 +106,21 @@ def test_the_checker_starts_after_the_rollout_server(world, base, tmp_path, monk
     assert ready == [[], [True]]
 
 
+def test_the_server_takes_a_whole_batch(world, base, tmp_path, monkeypatch):
+    """As many questions in flight as a generation batch has, and as many completions in vLLM."""
+    want(light=True)
+    config = read_config(arguments(world, tmp_path, "--generation_batch_size", 48))  # groups of 4
+    questions = read_questions(config.data)
+    with open_servers(config, base[0], questions, Team()) as (server, _):
+        server.wait()
+        words = Path(f"/proc/{server.process.pid}/cmdline").read_text().split("\0")
+        assert words[words.index("--max-num-seqs") + 1] == "48" and server.in_flight == 12
+        monkeypatch.setenv("VLLM_API_KEY", server.key)
+        config = replace(config, vllm_url=server.url)
+        with open_servers(config, base[0], questions, Team()) as (there, _):
+            assert there.in_flight == 12
+
+
 # ──────── runs ────────
 
 
@@ -169,7 +185,6 @@ def test_train_async(world, tmp_path, monkeypatch, some_reward, stand_in):
     The server is killed while it samples the second batch and the first one trains. The run is what
     it would have been without that.
     """
-    monkeypatch.setattr(server_module, "IN_FLIGHT", 2)
     before = len(stand_in)
     seen = count_groups(monkeypatch, 4 + 4 + 2, lambda: os.kill(stand_in[-1][1], signal.SIGKILL))
     out = tmp_path / "out"
