@@ -11,7 +11,6 @@ no half checkpoint.
 import contextlib
 import copy
 import dataclasses
-import errno
 import json
 import os
 import re
@@ -22,14 +21,11 @@ import zipfile
 from pathlib import Path
 
 import torch
-import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
                                                      set_state_dict)
-from torch.distributed.tensor import DTensor
 from transformers import (AutoConfig, AutoModelForMultimodalLM, AutoTokenizer, GenerationConfig,
                           Qwen2_5OmniForConditionalGeneration,
                           Qwen3OmniMoeForConditionalGeneration,
@@ -37,6 +33,8 @@ from transformers import (AutoConfig, AutoModelForMultimodalLM, AutoTokenizer, G
 
 from config import MAY_CHANGE
 from data import InputError, json_object, parse_json
+from distributed import Team
+from export import disk_faults, gathered, together, write_weights
 from model import Policy
 
 # The checkpoints on the hub hold the whole Omni model. We train its thinker.
@@ -157,24 +155,6 @@ def add_lora(policy, rank, alpha):
 # ──────── saving ────────
 
 
-@contextlib.contextmanager
-def disk_faults():
-    """Turns what libraries raise when they cannot write, as on a full disk, into an OSError."""
-    try:
-        yield
-    except (CheckpointException, SafetensorError, RuntimeError) as error:
-        causes = [error]
-        if isinstance(error, CheckpointException):  # torch.distributed.checkpoint: one per rank
-            causes = [cause for cause, _ in error.failures.values()]
-        for cause in causes:
-            if isinstance(cause, OSError):
-                raise cause from error
-            if re.search(r"os error \d|inline_container|PytorchStreamWriter", str(cause)):
-                reason = " ".join(str(cause).split())[:200]
-                raise OSError(errno.EIO, f"cannot be written ({reason})") from error
-        raise
-
-
 def save_checkpoint(policy, folder, team):
     """Writes a folder that transformers, vLLM and load_policy read. All ranks call it.
 
@@ -183,10 +163,9 @@ def save_checkpoint(policy, folder, team):
     if policy.model is not policy.base:
         adapter = folder.with_name(folder.name.replace("checkpoint", "adapter"))
         with _replacing(adapter, team) as building:
-            save_adapter(policy, building)
+            save_adapter(policy, building, team)
     with _replacing(folder, team) as building:
-        save_policy(policy, building)
-    team.gather(None)  # the others wait here while rank 0 writes: NCCL would soon give up
+        save_policy(policy, building, team)
 
 
 @contextlib.contextmanager
@@ -197,34 +176,47 @@ def _replacing(folder, team):
     if team.leads:
         shutil.rmtree(building, ignore_errors=True)
     yield building
-    if team.leads:
-        shutil.rmtree(folder, ignore_errors=True)
-        building.rename(folder)
+    with together(team):
+        if team.leads:
+            shutil.rmtree(folder, ignore_errors=True)
+            building.rename(folder)
 
 
-@disk_faults()
-def save_policy(policy, folder):
+def save_policy(policy, folder, team=Team()):
     """Writes a checkpoint folder in the original layout, LoRA merged. All ranks call it.
 
     A thinker is written as the whole Omni model without its talker: keys `thinker.*`, audio output
     off. Tokenizer, chat template and processor files are copied from the folder that the policy
-    was loaded from.
+    was loaded from. The weights are one file, or several and an index: see export.py. team: the
+    ranks that share the policy; without it, this process alone.
+    Raises OSError, or InputError where the ranks do not see the same folder, on all ranks.
     """
-    folder, weights = Path(folder), whole_weights(policy)
-    if not weights:  # a rank other than 0
-        return
+    folder, prefix = Path(folder), ""
     whole = WHOLE_MODEL.get(policy.base.config.model_type)
     config = copy.deepcopy(policy.base.config)
     config.dtype = policy.saved_dtype
     if whole is not None:
         thinker, config = config, copy.deepcopy(policy.full_config) or whole.config_class()
         config.thinker_config, config.enable_audio_output = thinker, False
-        config.dtype = policy.saved_dtype
-        weights = {f"thinker.{name}": tensor for name, tensor in weights.items()}
+        config.dtype, prefix = policy.saved_dtype, "thinker."
     with torch.device("meta"):
         shell = (whole or type(policy.base))(config)  # names and configuration, no weights
-    shell.generation_config = policy.base.generation_config
-    shell.save_pretrained(folder, state_dict=weights)
+    with together(team):
+        if team.leads:
+            folder.mkdir(parents=True, exist_ok=True)
+            for old in folder.glob("model*.safetensors*"):  # vLLM would read it as well
+                old.unlink()
+    write_weights(policy, shell, prefix, folder, team)
+    with together(team):
+        if team.leads:
+            _write_about(policy, shell, folder)
+
+
+def _write_about(policy, shell, folder):
+    """Everything in a checkpoint folder but the weights."""
+    shell.config.architectures = [type(shell).__name__]
+    shell.config.save_pretrained(folder)
+    policy.base.generation_config.save_pretrained(folder)
     if policy.folder is None:
         policy.tokenizer.save_pretrained(folder)
         policy.feature_extractor.save_pretrained(folder)
@@ -235,36 +227,24 @@ def save_policy(policy, folder):
             shutil.copyfile(file, folder / file.name)
 
 
-def whole_weights(policy):
-    """name → tensor of the transformers model, on the CPU. Under LoRA: W + (α/r)·B·A.
-
-    All ranks of a sharded policy call it. Tensors are gathered one at a time, and only rank 0 gets
-    them; the others get {}.
-    """
-    whole = _gathered(policy.base.state_dict())
-    merged = {}
-    for name, tensor in whole.items():
-        module_name, _, leaf = name.partition(".base_layer.")
-        if leaf == "weight":
-            b, a = (whole[f"{module_name}.lora_{x}.default.weight"] for x in "BA")
-            scaling = policy.base.get_submodule(module_name).scaling["default"]  # α/r
-            tensor = tensor + b @ a * scaling
-        if ".lora_" not in name:
-            merged[name.replace(".base_layer.", ".")] = tensor.to(policy.saved_dtype)
-    return merged
-
-
-@disk_faults()
-def save_adapter(policy, folder):
+def save_adapter(policy, folder, team):
     """Writes the LoRA adapter alone, as peft reads it, and its card. All ranks call it.
 
     Its names are those of the class that the model folder names, which is the whole Omni model if
     the folder holds one. The card says how to load the adapter, there and on the thinker.
     """
-    state = policy.model.state_dict()
-    adapter = _gathered({name: tensor for name, tensor in state.items() if ".lora_" in name})
-    if not adapter:  # a rank other than 0
-        return
+    adapter = {}
+    for name, tensor in policy.model.state_dict().items():
+        if ".lora_" in name:
+            tensor = gathered(tensor)
+            if team.leads:  # it is small enough for rank 0 to write it alone
+                adapter[name] = tensor.cpu()
+    with together(team):
+        if team.leads:
+            _write_adapter(policy, folder, adapter)
+
+
+def _write_adapter(policy, folder, adapter):
     policy.model.save_pretrained(folder, state_dict=adapter)
     base, card = type(policy.base).__name__, ADAPTER_CARD
     if policy.full_config is not None:
@@ -294,16 +274,6 @@ On the thinker alone, remove `thinker.` from the names:
 
     model = PeftModel.from_pretrained(thinker, ADAPTER, key_mapping={r"^thinker\.": ""})
 """
-
-
-def _gathered(state):
-    """Tensors, sharded or not → name → whole tensor on the CPU of rank 0; {} on other ranks."""
-    keeps, whole = not dist.is_initialized() or dist.get_rank() == 0, {}
-    for name, tensor in state.items():
-        tensor = (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).cpu()
-        if keeps:
-            whole[name] = tensor
-    return whole
 
 
 # ──────── states to resume from ────────

@@ -385,7 +385,7 @@ def held_out_accuracy(run, step):
     config, policy, team, questions = run.config, run.policy, run.team, run.eval_questions
     prompts = [policy.encode(q, config.instruction) for q in questions]
     if config.rollout == "vllm" and team.broadcast(team.leads and run.server.version != step):
-        push_weights(run.server, policy, Path(config.output_dir) / "weights", step)
+        push_weights(run.server, policy, Path(config.output_dir) / "weights", step, team)
     completions = None
     if team.leads or config.rollout == "local":
         greedy = Sampling(temperature=0, max_new_tokens=config.max_new_tokens,

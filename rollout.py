@@ -29,9 +29,10 @@ from transformers import (LogitsProcessorList, RepetitionPenaltyLogitsProcessor,
                           SuppressTokensLogitsProcessor, TemperatureLogitsWarper,
                           TopKLogitsWarper, TopPLogitsWarper)
 
-from checkpoint import save_policy, whole_weights
+from checkpoint import save_policy
 from data import SAMPLE_RATE, conversation
-from distributed import rows_of_rank
+from distributed import Team, rows_of_rank
+from export import together
 from model import Batch, positions
 from server import RolloutError
 
@@ -340,27 +341,29 @@ def _group(answer, policy, prompt, group_size):
 # ──────── the policy's new weights ────────
 
 
-def push_weights(server, policy, folder, version):
+def push_weights(server, policy, folder, version, team=Team()):
     """Gives the server the policy's weights (LoRA merged) under the number `version`.
 
     They are written under `folder` as a checkpoint in the original layout, which is renamed when
     complete; the server pauses while it loads them. If it dies or hangs meanwhile, it restarts on
-    the new weights. Every rank of a sharded policy makes this call; only rank 0 has a `server`, the
-    others pass None. Raises RolloutError.
+    the new weights. Every rank of a sharded policy makes this call with its `team` and writes its
+    part; only rank 0 has a `server`, the others pass None. Raises RolloutError; on all ranks what
+    save_policy raises.
     """
     folder = Path(folder).resolve()
     building, final = folder / f".version-{version}.writing", folder / f"version-{version}"
-    if server is None:
-        whole_weights(policy)
-        return
-    for leftover in (*folder.glob(".version-*.writing"), final):
-        shutil.rmtree(leftover, ignore_errors=True)
-    save_policy(policy, building)
-    building.rename(final)
-    server.load(final, version)
-    for older in folder.glob("version-*"):
-        if older != final:
-            shutil.rmtree(older)
+    if team.leads:
+        for leftover in (*folder.glob(".version-*.writing"), final):
+            shutil.rmtree(leftover, ignore_errors=True)
+    save_policy(policy, building, team)
+    with together(team):
+        if team.leads:
+            building.rename(final)
+    if team.leads:
+        server.load(final, version)
+        for older in folder.glob("version-*"):
+            if older != final:
+                shutil.rmtree(older)
 
 
 @torch.no_grad()

@@ -320,7 +320,7 @@ def open_servers(config, policy, questions, team):
     is_thinker = policy.full_config is None and policy.base.config.model_type in WHOLE_MODEL
     if config.rollout == "vllm" and is_thinker:  # vLLM serves a thinker only in its whole model
         served = folder / "weights" / "version-0"
-        save_policy(policy, served)
+        save_policy(policy, served, team)
     with contextlib.ExitStack() as stack:
         if not team.leads:
             yield None, None
@@ -358,8 +358,8 @@ def update_server(run, iteration, prompts):
     started = time.perf_counter()
     changed = team.broadcast(team.leads and run.server.version != run.steps_done)
     if changed:
-        push_weights(run.server, run.policy, Path(config.output_dir) / "weights", run.steps_done)
-        team.gather(None)  # the others wait here for rank 0: NCCL would soon give up
+        push_weights(run.server, run.policy, Path(config.output_dir) / "weights", run.steps_done,
+                     team)
     due = run.checks == 1 or iteration % config.check_push_every == 0
     if run.checks == 0 or changed and due:
         check_push(run.server, run.policy, prompts[:4], temperature=config.temperature,

@@ -394,15 +394,16 @@ def test_transformers_loads_what_is_saved(saved, saved_again):
     assert same_weights(whole.thinker, saved.policy.base)
 
 
-def test_saving_returns_to_the_dtype_of_the_folder(saved, tmp_path):
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_saving_returns_to_the_dtype_of_the_folder(kind, tmp_path):
     """Training may be wider than the checkpoint: a bf16 folder stays bf16."""
-    policy = checkpoint.load_policy(saved.folder)
+    policy = getattr(tiny, kind)()
     policy.saved_dtype = torch.bfloat16
-    checkpoint.save_policy(policy, tmp_path / "narrow")
-    assert {t.dtype for t in tensors_of(tmp_path / "narrow").values()} == {torch.bfloat16}
-    config = json.loads((tmp_path / "narrow" / "config.json").read_text())
+    checkpoint.save_policy(policy, tmp_path)
+    assert {t.dtype for t in tensors_of(tmp_path).values()} == {torch.bfloat16}
+    config = json.loads((tmp_path / "config.json").read_text())
     assert config["dtype"] == "bfloat16"
-    assert checkpoint.load_policy(tmp_path / "narrow").saved_dtype == torch.bfloat16
+    assert checkpoint.load_policy(tmp_path).saved_dtype == torch.bfloat16
     assert policy.base.dtype == torch.float32
 
 

@@ -624,7 +624,7 @@ def test_a_tracker_leaves_the_ranks_connected(world, tmp_path):
     flags = arguments(world, tmp_path / "out", "--report_to", "wandb", "--max_steps", "2")
     together(tmp_path / "job", flags, 2, PYTHONPATH=tmp_path / "site",
              WRITTEN=tmp_path / "written")
-    assert (tmp_path / "out" / "checkpoint" / "model.safetensors").is_file()
+    assert len(list((tmp_path / "out" / "checkpoint").glob("model-*.safetensors"))) == 2
     logged = [f"{m['step']} {m['loss']}" for m in lines(tmp_path / "out" / "metrics.jsonl")]
     assert (tmp_path / "written").read_text().splitlines() == [*logged, "finished"]
 
