@@ -62,7 +62,10 @@ class TrainConfig(MapoConfig):
     steps_per_generation: int = described(
         4, "optimizer steps per generation batch (paper, Table 5)")
     micro_batch_size: int = described(
-        8, "completions per forward and backward; changes memory, not the gradient (ours)")
+        0, "most completions of a forward; 0: no limit; changes memory, not the gradient (ours)")
+    micro_batch_tokens: int = described(
+        8192, "most tokens of a forward, prompts and completions with their padding, but at least "
+        "one completion; 0: no limit; changes memory, not the gradient (ours)")
 
     # ── sampling ──
     temperature: float = described(
@@ -153,14 +156,18 @@ class TrainConfig(MapoConfig):
     def __post_init__(self):
         super().__post_init__()
         for name in ("max_steps", "generation_batch_size", "steps_per_generation",
-                     "micro_batch_size", "max_new_tokens", "learning_rate", "temperature",
-                     "mass_interval", "max_grad_norm", "repetition_penalty", "lora_alpha",
-                     "check_push_every", "max_push_gap"):
+                     "max_new_tokens", "learning_rate", "temperature", "mass_interval",
+                     "max_grad_norm", "repetition_penalty", "lora_alpha", "check_push_every",
+                     "max_push_gap"):
             self._check(name, self._number(name) > 0, "a finite number above 0")
         for name in ("warmup_ratio", "adam_beta1", "adam_beta2"):
             self._check(name, 0 <= self._number(name) < 1, "at least 0 and below 1")
-        for name in ("top_k", "lora_rank", "weight_decay", "save_every", "export_every"):
+        for name in ("top_k", "lora_rank", "weight_decay", "save_every", "export_every",
+                     "micro_batch_size", "micro_batch_tokens"):
             self._check(name, self._number(name) >= 0, "at least 0")
+        if not self.micro_batch_size and not self.micro_batch_tokens:
+            raise ValueError("micro_batch_size and micro_batch_tokens are both 0, i.e. without a "
+                             "limit: give one of them")
         self._check("top_p", 0 < self._number("top_p") <= 1, "above 0 and at most 1")
         self._check("seed", 0 <= self.seed < 2**31, "from 0 to 2³¹ − 1")
         self._check("output_dir", bool(self.output_dir), "a folder")
@@ -197,9 +204,9 @@ class TrainConfig(MapoConfig):
 # Fields that a resumed run may change: where and how it runs, not what it computes. The rows behind
 # `data` and `eval_data` must be the same, see checkpoint.resume.
 MAY_CHANGE = {"data", "eval_data", "audio_root", "output_dir", "resume", "overwrite", "report_to",
-              "micro_batch_size", "gradient_checkpointing", "save_every", "export_every",
-              "rollout_nodes", "offload_reference", "rollout", "vllm_python", "vllm_url",
-              "vllm_flags", "checker_flags", "check_push_every", "max_push_gap"}
+              "micro_batch_size", "micro_batch_tokens", "gradient_checkpointing", "save_every",
+              "export_every", "rollout_nodes", "offload_reference", "rollout", "vllm_python",
+              "vllm_url", "vllm_flags", "checker_flags", "check_push_every", "max_push_gap"}
 
 
 def vllm_python(config):

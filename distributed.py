@@ -77,23 +77,6 @@ class Team:
         return values
 
 
-def rows_of_rank(rows, length_of, team):
-    """Which completions of an optimizer step this rank computes → [(row, is it real)].
-
-    Every rank gets the same number, because all must run the same forwards. Rows sorted by length
-    go to the ranks in turn, back and forth, so that all ranks have about the same work. If the rows
-    run out, a rank repeats one, which then does not count (is real: False).
-    """
-    if team.size == 1:
-        return [(row, True) for row in rows]
-    order, own = sorted(rows, key=lambda row: (-length_of[row], row)), []
-    for number, start in enumerate(range(0, len(order), team.size)):
-        forth = number % 2 == 0
-        place = start + (team.rank if forth else team.size - 1 - team.rank)
-        own.append((order[place], True) if place < len(order) else (order[-1], False))
-    return own
-
-
 def rollout_nodes(config):
     """How many of torchrun's nodes serve. Default: the last one if there are several."""
     nodes = int(os.environ.get("GROUP_WORLD_SIZE", "1"))

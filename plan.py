@@ -58,8 +58,9 @@ def plan(policy, config, gpus, audio_seconds=30):
 
     audio = audio_token_count(100 * audio_seconds, policy.base.config.model_type)
     length = PROMPT_TEXT + audio + config.max_new_tokens  # S, the longest row
-    rows = config.micro_batch_size  # B
-    tokens = rows * length  # B·S
+    # B·S, the largest micro-batch
+    tokens = max(length, min(config.micro_batch_tokens or math.inf,
+                             length * (config.micro_batch_size or math.inf)))
     hidden, layers = text.hidden_size, text.num_hidden_layers
     heads, kv_heads = text.num_attention_heads, text.num_key_value_heads
     width = getattr(text, "head_dim", None) or hidden // heads
@@ -74,7 +75,7 @@ def plan(policy, config, gpus, audio_seconds=30):
     if config.gradient_checkpointing:
         activations = 2 * tokens * hidden * layers + layer
     mass_rows = min(MASS_ROWS, config.max_new_tokens)
-    mass = 4 * 4 * rows * heads * mass_rows * length  # z, α, dz …, fp32
+    mass = 4 * 4 * tokens * heads * mass_rows  # z, α, dz …, fp32
     logits = 4 * 4 * tokens * LOGIT_COLUMNS  # logits, exponentials, copies, fp32
     everything = sum(p.numel() for p in parameters)
     reference = 0 if config.lora_rank else 2 * shard_size(parameters)
@@ -116,7 +117,7 @@ def print_plan(on_gpu, other, gpus, gib):
         print("reference on the CPU: "
               f"{other['reference on the CPU, bytes per GPU'] / GIB:.1f} GiB per GPU")
     fits = need <= gib * GIB
-    advice = (": lower micro_batch_size or max_new_tokens, use more GPUs, set offload_reference, "
+    advice = (": lower micro_batch_tokens or max_new_tokens, use more GPUs, set offload_reference, "
               "or train with LoRA")
     print(f"{'fits' if fits else 'does not fit'} {gib:g} GiB{'' if fits else advice}")
     return fits

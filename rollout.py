@@ -29,9 +29,10 @@ from transformers import (LogitsProcessorList, RepetitionPenaltyLogitsProcessor,
                           SuppressTokensLogitsProcessor, TemperatureLogitsWarper,
                           TopKLogitsWarper, TopPLogitsWarper)
 
+from balance import micro_batches_by_tokens, rows_of_rank
 from checkpoint import save_policy
 from data import SAMPLE_RATE, conversation
-from distributed import Team, rows_of_rank
+from distributed import Team
 from export import together
 from model import Batch, positions
 from server import RolloutError
@@ -136,16 +137,25 @@ def rows_of_step(step, config):
 
 
 def micro_batches(rows, batch, run):
-    """This rank's part of a range of rows, in micro-batches: (rows, which of them are real)."""
-    size, config = run.config.micro_batch_size, run.config
-    for start in range(rows.start, rows.stop, config.step_size):  # rows of a step keep their rank
+    """This rank's part of a range of rows, in micro-batches: (rows, which of them are real).
+
+    Those of a step are the same in the frozen forwards and in the update, so that padding changes
+    no last bit of π_θ/π_old.
+    """
+    config, team, most_rows = run.config, run.team, run.config.micro_batch_size
+    for start in range(rows.start, rows.stop, config.step_size):
         step_rows = range(start, min(start + config.step_size, rows.stop))
-        length_of = {i: len(batch.prompts[i].ids) + len(batch.completions[i].token_ids)
-                     for i in step_rows}
-        own = rows_of_rank(step_rows, length_of, run.team)
-        for first in range(0, len(own), size):
-            part, real = zip(*own[first:first + size])
-            yield list(part), list(real)
+        sizes = {i: (len(batch.prompts[i].ids), len(batch.completions[i].token_ids))
+                 for i in step_rows}
+        if config.micro_batch_tokens:
+            slots = micro_batches_by_tokens(sizes, config.micro_batch_tokens, most_rows, team.size)
+            parts = [slot[team.rank] for slot in slots]
+        else:
+            own = rows_of_rank(step_rows, {i: sum(size) for i, size in sizes.items()}, team)
+            parts = [own[first:first + most_rows] for first in range(0, len(own), most_rows)]
+        for part in parts:
+            part_rows, real = zip(*part)
+            yield list(part_rows), list(real)
 
 
 @dataclass

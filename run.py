@@ -360,6 +360,7 @@ def update_server(run, iteration, prompts):
     if changed:
         push_weights(run.server, run.policy, Path(config.output_dir) / "weights", run.steps_done,
                      team)
+        team.gather(None)  # the others wait here for rank 0: NCCL would soon give up
     due = run.checks == 1 or iteration % config.check_push_every == 0
     if run.checks == 0 or changed and due:
         check_push(run.server, run.policy, prompts[:4], temperature=config.temperature,

@@ -250,7 +250,7 @@ def update(batch, rows, step, run):
 
     → metrics, and a dict from row to its (Δh_t, a_t). The loss of a micro-batch is a mean over its
     counted completions. Weighted by their number, the gradients add up to that of the whole step,
-    for any micro_batch_size and number of ranks.
+    for any micro-batches and number of ranks.
     """
     config, policy, team = run.config, run.policy, run.team
     started = time.perf_counter()

@@ -82,7 +82,8 @@ def prepare_step(device, dtype, size):
     count, group, length = size
     policy, total = text_policy(device, dtype), count * group
     config = TrainConfig(group_size=group, generation_batch_size=total, steps_per_generation=1,
-                         micro_batch_size=2, target_layers=[2, 3], gradient_checkpointing=False)
+                         micro_batch_size=2, micro_batch_tokens=0, target_layers=[2, 3],
+                         gradient_checkpointing=False)
     run = Run(config, Team(), policy, make_reference(policy, config), [], [],
               *make_optimizer(policy, config))
     for parameter in policy.parameters():  # allocate AdamW's moments before the measurement

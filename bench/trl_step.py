@@ -101,8 +101,9 @@ def ours():
     policy = TextPolicy(text_model())
     config = TrainConfig(
         mask=False, eta=0.0, group_size=GROUP, generation_batch_size=PROMPTS * GROUP,
-        steps_per_generation=STEPS, micro_batch_size=PROMPTS * GROUP // STEPS, temperature=1.0,
-        top_k=0, top_p=1.0, max_new_tokens=NEW, gradient_checkpointing=False)
+        steps_per_generation=STEPS, micro_batch_size=PROMPTS * GROUP // STEPS,
+        micro_batch_tokens=0, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=NEW,
+        gradient_checkpointing=False)
     run = Run(config, Team(), policy, make_reference(policy, config), [], [],
               *make_optimizer(policy, config))
     prompts = [text_prompt(str(i), ids, ids) for i, ids in enumerate(prompt_ids())]

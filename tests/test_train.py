@@ -107,7 +107,8 @@ def gradient(policy, batch, config):
     ["--mask", "false", "--eta", "0"], ["--eta", "0"], ["--eta", "0.5"],
     ["--eta", "0.5", "--mask_truncated", "true"]], ids=["grpo", "mask", "mapo", "truncated"])
 def test_micro_batches_sum_to_the_same_gradient(world, tmp_path, flags):
-    """Micro-batches of 1, 2, 5 or all: the same gradient and losses, to 1e-6 relative in fp32."""
+    """Micro-batches of 1, 2, 5 or all rows, or of at most 300 or 600 tokens: the same gradient and
+    losses, to 1e-6 relative in fp32."""
     config = read_config(arguments(world, tmp_path, *flags, "--max_grad_norm", "1e9"))
     config = replace(config, steps_per_generation=1)
     policy, batch = prepared_batch(world, config)
@@ -117,8 +118,9 @@ def test_micro_batches_sum_to_the_same_gradient(world, tmp_path, flags):
         batch.completions[i] = replace(completion, finish_reason=reason)
     whole, metrics = gradient(policy, batch, replace(config, micro_batch_size=16))
     assert whole.norm() > 1e-3 and metrics["kl_loss"] > 0
-    for size in (1, 2, 5):
-        part, part_metrics = gradient(policy, batch, replace(config, micro_batch_size=size))
+    for size, tokens in ((1, 0), (2, 0), (5, 0), (0, 300), (5, 600)):
+        part, part_metrics = gradient(policy, batch, replace(
+            config, micro_batch_size=size, micro_batch_tokens=tokens))
         assert (part - whole).norm() / whole.norm() < 1e-6
         for name in ("loss", "policy_loss", "kl_loss", "attention_loss", "audio_mass_max",
                      "omega_mean", "policy_entropy"):
@@ -512,6 +514,8 @@ BAD_INPUT = {
                                    "holds the model that this run needs"),
     "learning rate of inf": (lambda t, w: ["--learning_rate", "inf"], "learning_rate is inf"),
     "negative decay": (lambda t, w: ["--weight_decay", "-1"], "weight_decay is -1.0"),
+    "no limit": (lambda t, w: ["--micro_batch_size", "0"],
+                 "micro_batch_size and micro_batch_tokens are both 0"),
     "reward weights": (lambda t, w: ["--reward_weights", "1", "nan", "1"], "reward_weights is"),
     "seed": (lambda t, w: ["--seed", "-1"], "seed is -1"),
     "checker down": (lambda t, w: ["--checker", "http://127.0.0.1:9/v1"],

@@ -138,9 +138,9 @@ def arguments(world, out, *more):
     """Flags of train.py for a short run: 4 steps of 8 completions, 2 per generation batch."""
     flags = {"model": world / "model", "data": world / "train.jsonl", "output_dir": out,
              "max_steps": 4, "group_size": 4, "generation_batch_size": 16,
-             "steps_per_generation": 2, "micro_batch_size": 3, "temperature": 1.2, "top_k": 0,
-             "top_p": 1.0, "max_new_tokens": 12, "checker": "rule", "learning_rate": 1e-3,
-             "gradient_checkpointing": "false"}
+             "steps_per_generation": 2, "micro_batch_size": 3, "micro_batch_tokens": 0,
+             "temperature": 1.2, "top_k": 0, "top_p": 1.0, "max_new_tokens": 12,
+             "checker": "rule", "learning_rate": 1e-3, "gradient_checkpointing": "false"}
     given = [str(x) for name, value in flags.items() for x in (f"--{name}", value)]
     return [*given, "--target_layers", "1", "2", *map(str, more)]
 
