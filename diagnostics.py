@@ -22,9 +22,9 @@ from torch.nn.utils.rnn import pad_sequence
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 import plots
+from attention import allowed_keys, attention_weights, mask_without_empty_rows, mass_rows
 from benchmarks import question_of, read_benchmark
 from checkpoint import load_policy
 from data import (SAMPLE_RATE, InputError, audio_token_count, json_lines, load_audio, parse_json,
@@ -32,7 +32,6 @@ from data import (SAMPLE_RATE, InputError, audio_token_count, json_lines, load_a
 from mapo import (MapoConfig, audio_attention_mass, differential_entropy, inverse_relevance_weight,
                   relevance_mask)
 from metrics import continue_log
-from attention import allowed_keys, attention_weights, mass_rows
 from model import positions
 from pos_gate import POS_TARGETS, load_tagger, pos_gate_batch, token_tags
 from rewards import accuracy_reward
@@ -353,7 +352,7 @@ def attention_with_scores(module, query, key, value, attention_mask, score_layer
 
 
 AttentionInterface.register("audio_scores", attention_with_scores)
-AttentionMaskInterface.register("audio_scores", sdpa_mask)
+AttentionMaskInterface.register("audio_scores", mask_without_empty_rows)
 
 
 def acs_accuracies(rows):

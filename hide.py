@@ -16,11 +16,10 @@ import torch
 from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
 
 from data import InputError, write_whole
 from diagnostics import answer, load, questions_of, target_layers
-from attention import allowed_keys
+from attention import allowed_keys, mask_without_empty_rows
 from rewards import accuracy_reward
 from run import check_policy
 
@@ -113,7 +112,7 @@ def hidden_audio(policy, is_audio, layers):
 
     before = policy.base.config.get_text_config()._attn_implementation
     AttentionInterface.register("hidden_audio", attention)
-    AttentionMaskInterface.register("hidden_audio", sdpa_mask)
+    AttentionMaskInterface.register("hidden_audio", mask_without_empty_rows)
     policy.base.set_attn_implementation({"text_config": "hidden_audio"})
     try:
         yield

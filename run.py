@@ -98,26 +98,27 @@ def open_inputs(config, team):
     """→ questions, eval questions, policy, reference, on every rank.
 
     In a team rank 0 reads and checks for all. It alone holds the whole weights, on its CPU, while
-    it sends them. Raises InputError; writes nothing.
+    it sends them. A single process with a GPU takes the same path. Raises InputError; writes
+    nothing.
     """
     whole, questions, eval_questions = None, None, None
     if team.leads:
         check_settings(config)
         questions, eval_questions, whole = read_inputs(config)
     questions, eval_questions = team.broadcast((questions, eval_questions))
-    if team.size == 1:
+    if team.mesh is None:
         reference = make_reference(set_trainable(whole, config), config)
         whole.to(team.device)
         return questions, eval_questions, whole, reference
-    dtype = torch.bfloat16 if team.device.type == "cuda" else None
     frozen = None
     if not config.lora_rank:  # under LoRA the reference is the policy without its adapters
-        frozen = load_policy(config.model, dtype or torch.float32, meta=True)
-        frozen = fill(shard(frozen.requires_grad_(False), team, dtype), whole, team).eval()
+        frozen = load_policy(config.model, team.dtype or torch.float32, meta=True)
+        frozen.fp32_head = config.fp32_head
+        frozen = fill(shard(frozen.requires_grad_(False), team, team.dtype), whole, team).eval()
     if team.leads:
         set_trainable(whole, config)
     policy = set_trainable(load_policy(config.model, meta=True), config)
-    policy = fill(shard(policy, team, dtype), whole, team)
+    policy = fill(shard(policy, team, team.dtype), whole, team)
     return questions, eval_questions, policy, make_reference(policy, config, frozen)
 
 
@@ -334,7 +335,8 @@ def open_servers(config, policy, questions, team):
         elif config.rollout == "vllm":
             command = Command(vllm_python(config), folder / "vllm.log", config.vllm_flags,
                               clips=max(len(q.audio) for q in questions),
-                              sequences=config.generation_batch_size)
+                              sequences=config.generation_batch_size,
+                              fp32_head=config.fp32_head)
             server = launch(stack, team, "rollout", served, command, in_flight=in_flight)
         if config.reward_weights[2] != 0 and Path(config.checker).is_dir():
             # They share the GPUs, and vLLM measures the free memory while it starts: one by one.

@@ -57,6 +57,7 @@ class Command:
     flags: str = ""  # further flags for vLLM, in one string
     clips: int = 1  # most audio clips in one question
     sequences: int = 0  # completions that vLLM samples at the same time; 0: its default
+    fp32_head: bool = True  # logits leave the head's product in fp32, see model.logit_block
     host: str = "127.0.0.1"  # address to listen on; the port is a free one
 
 
@@ -334,6 +335,8 @@ class Server:
                       json.dumps({"image": 0, "video": 0, "audio": command.clips}),
                       "--mm-processor-cache-gb", "0",
                       "--chat-template-content-format", "openai"]
+            if command.fp32_head:
+                words += ["--hf-overrides", json.dumps({"head_dtype": "float32"})]
         words += _batch_flags(command)
         # Not this folder: vLLM's environment must not see modules named config, data or server.
         plugin = Path(__file__).resolve().parent / "vllm_plugin"

@@ -2,6 +2,8 @@
 
     run_train.py FLAGS [--then FLAGS ...]     # one run, or several in turn by the same processes
 
+Among the flags of one of several runs, --bf16 gathers the parameters in bf16, as on a GPU.
+
 A random model never answers in the right format, so the accuracy reward depends on the text alone.
 
 The environment asks for a fault of rank FAULT_RANK (default 0). FAULT is an act and a moment, such
@@ -118,20 +120,26 @@ def main(arguments):
     runs = [[]]
     for argument in arguments:
         runs[-1].append(argument) if argument != "--then" else runs.append([])
+    low = ["--bf16" in flags for flags in runs]
+    runs = [[flag for flag in flags if flag != "--bf16"] for flags in runs]
     if len(runs) == 1:
         return train.main(runs[0])
     with train.join(train.read_config(runs[0])) as team:
         for number, flags in enumerate(runs):
-            train.join = lambda _, number=number: part_of(team, number)
+            train.join = lambda _, number=number: part_of(team, number, low[number])
             if code := train.main(flags):
                 return code
     return 0
 
 
 @contextlib.contextmanager
-def part_of(team, number):
-    """The team for one of several runs: the job's processes and groups, but a store of its own."""
-    team = replace(team, store=dist.PrefixStore(f"run-{number}", team.store))
+def part_of(team, number, low):
+    """The team for one of several runs: the job's processes and groups, but a store of its own.
+
+    low: gather the parameters in bf16, as on a GPU.
+    """
+    team = replace(team, store=dist.PrefixStore(f"run-{number}", team.store),
+                   dtype=torch.bfloat16 if low else None)
     yield team
     if team.leads:
         team.store.set("over", "well")
