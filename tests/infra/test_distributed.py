@@ -26,12 +26,12 @@ import torch
 import torch.distributed as dist
 from peft import PeftModel
 from safetensors import safe_open
-from transformers import (Qwen3OmniMoeConfig, Qwen3OmniMoeForConditionalGeneration,
-                          Qwen3OmniMoeThinkerConfig)
+from transformers import Qwen3OmniMoeForConditionalGeneration
 
 import checkpoint
 import distributed
 import plan
+import real_models
 import train
 from config import read_config
 from data import read_questions
@@ -864,41 +864,10 @@ def test_a_world_that_does_not_fit(world, tmp_path, monkeypatch, capsys, nodes, 
 # ──────── the shapes of the 30B ────────
 
 
-def omni_config(layers=48, experts=128, hidden=2048, audio=1280, vision=1152, vocabulary=152064):
-    """Qwen3-Omni-30B-A3B's config. Smaller numbers give the same tensors, but smaller and fewer."""
-    thinker = Qwen3OmniMoeThinkerConfig(
-        audio_config=dict(
-            d_model=audio, encoder_layers=32 * layers // 48 or 1, encoder_attention_heads=20,
-            encoder_ffn_dim=4 * audio, output_dim=hidden, num_mel_bins=128,
-            downsample_hidden_size=3 * audio // 8, n_window=50, n_window_infer=800),
-        vision_config=dict(
-            depth=27, hidden_size=vision, num_heads=16, intermediate_size=vision * 4304 // 1152,
-            out_hidden_size=hidden, num_position_embeddings=2304,
-            deepstack_visual_indexes=[8, 16, 24]),
-        text_config=dict(
-            vocab_size=vocabulary, hidden_size=hidden, intermediate_size=3 * hidden // 8,
-            num_hidden_layers=layers, num_attention_heads=32, num_key_value_heads=4,
-            head_dim=hidden // 16, num_experts=experts, num_experts_per_tok=8,
-            moe_intermediate_size=3 * hidden // 8, max_position_embeddings=65536,
-            rope_parameters=dict(rope_type="default", rope_theta=1000000.0,
-                                 mrope_section=[24, 20, 20], mrope_interleaved=True)),
-        audio_token_id=151675, audio_start_token_id=151669, audio_end_token_id=151670,
-        image_token_id=151655, video_token_id=151656, vision_start_token_id=151652,
-        vision_end_token_id=151653)
-    return Qwen3OmniMoeConfig(thinker_config=thinker.to_dict(), enable_audio_output=False,
-                              dtype="bfloat16")
-
-
 @pytest.fixture(scope="module")
 def big(tmp_path_factory):
     """The folder of Qwen3-Omni-30B-A3B without weights, and with the tiny tokenizer."""
-    folder = tmp_path_factory.mktemp("big")
-    omni_config().save_pretrained(folder)
-    small = tiny.qwen3_omni()
-    small.tokenizer.save_pretrained(folder)
-    small.feature_extractor.save_pretrained(folder)
-    assert not list(folder.glob("*.safetensors"))
-    return folder
+    return real_models.write_folder(real_models.omni_config(), tmp_path_factory.mktemp("big"))
 
 
 def test_units_of_the_30b(big):
@@ -953,7 +922,8 @@ def hub_names(layers, experts, encoder_layers, blocks, mergers):
 
 def test_exported_names_are_the_hubs(tmp_path):
     """What save writes for the 30B's config, with two narrow layers, has the names of the hub."""
-    config = omni_config(layers=2, experts=16, hidden=64, audio=40, vision=32, vocabulary=400)
+    config = real_models.omni_config(layers=2, experts=16, hidden=64, audio=40, vision=32,
+                                     vocabulary=400)
     small = tiny.qwen3_omni()
     token = small.tokenizer.convert_tokens_to_ids
     for name in ("audio", "image", "video"):
@@ -971,56 +941,6 @@ def test_exported_names_are_the_hubs(tmp_path):
 
 
 # ──────── the plan ────────
-
-
-def planned(capsys, folder, *more):
-    """What plan.py prints: its text, and the table as a dict in GiB. It needs no weights."""
-    assert plan.main(["--model", str(folder), *map(str, more)]) == 0
-    text = capsys.readouterr().out
-    table = re.findall(r"^\| (.+?) \| ([\d.]+) \|$", text, re.M)
-    return text, {name: float(size) for name, size in table}
-
-
-LORA = ("--lora_rank", 128, "--lora_alpha", 512)
-
-
-def test_plan_of_the_30b(big, capsys, monkeypatch, tmp_path):
-    """The paper's 24 GPUs of 96 GB are enough, and 8 of 80 for LoRA; one of 80 is not.
-
-    The lines add up to the sum, and nothing is written.
-    """
-    monkeypatch.chdir(tmp_path)
-    text, table = planned(capsys, big, "--gpus", 24, "--gib", 96)
-    assert "31.72 B parameters" in text and re.search("^fits 96 GiB", text, re.M), text
-    total = table.pop("sum")
-    assert all(size > 0 for size in table.values())
-    assert sum(table.values()) == pytest.approx(total, abs=0.06)
-    policy = checkpoint.load_policy(big, meta=True)
-    # As fully_shard cuts: the first of 24 ranks gets 6 of 128 experts, the last gets 2.
-    first = sum(p.chunk(24)[0].numel() for p in policy.parameters())
-    assert first > 1.1 * 31.72e9 / 24
-    assert table["weights, fp32, sharded"] == pytest.approx(4 * first / 2**30, abs=0.01)
-    text, _ = planned(capsys, big, "--gpus", 1, "--gib", 80)
-    assert "does not fit 80 GiB" in text
-    text, _ = planned(capsys, big, *LORA, "--gpus", 8, "--gib", 80)
-    assert re.search("^fits 80 GiB", text, re.M), text
-    assert not list(tmp_path.iterdir())
-
-
-@pytest.mark.parametrize("more", [(), LORA, ("--freeze_audio_tower", "false")],
-                         ids=["full", "lora", "audio"])
-def test_plan_divides_what_is_sharded(big, more):
-    """With twice the GPUs, every sharded line halves and the others stay. Larger micro-batches need
-    more activations; a row that is longer than the limit counts in full."""
-    config = read_config(["--model", str(big), *map(str, more)])
-    policy = set_trainable(checkpoint.load_policy(big, meta=True), config)
-    (few, _), (many, _) = (plan.plan(policy, config, gpus) for gpus in (8, 16))
-    assert list(few) == list(many) and any("sharded" in name for name in few)
-    for name in few:
-        assert many[name] == pytest.approx(few[name] / (2 if "sharded" in name else 1)), name
-    for larger in ("--micro_batch_tokens", "9000"), ("--max_new_tokens", "8000"):
-        longer, _ = plan.plan(policy, read_config(["--model", str(big), *larger]), 8)
-        assert longer["activations"] > few["activations"], larger
 
 
 @pytest.mark.parametrize("name", ["mapo", "lora"])
