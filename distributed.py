@@ -36,7 +36,7 @@ JOIN_SECONDS = 1800  # how long the ranks wait for the last one to start: a slow
 TELL_SECONDS = 60  # after so long, rank 0 says for whom they wait
 CONNECT_SECONDS, CONNECT_ATTEMPTS = 30, 4
 COLLECTIVE_SECONDS = 7200  # of gloo: how long the other ranks wait for rank 0 while it samples
-NCCL_SECONDS = 600  # of NCCL, where no rank waits for rank 0
+NCCL_SECONDS = 600  # of NCCL: while rank 0 samples or writes, the others wait in gloo
 
 
 # ──────── who does what ────────
@@ -154,8 +154,8 @@ def join(config):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        with (_alone(device, "nccl") if device.type == "cuda"
-              else contextlib.nullcontext(Team(device=device))) as team:
+        alone = _alone(device, "nccl") if device.type == "cuda" else contextlib.nullcontext(Team())
+        with alone as team:
             yield team
         return
     nodes, here = int(os.environ["GROUP_WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -246,9 +246,9 @@ def _missing(store, world, here):
     nodes = []
     for first in range(0, world, here):
         came = {r: store.check([f"here/{r}"]) for r in range(first, first + here)}
-        host = next((store.get(f"here/{r}").decode() for r in came if came[r]), "unknown host")
+        host = next((f" ({store.get(f'here/{r}').decode()})" for r in came if came[r]), "")
         if absent := ", ".join(str(r) for r in came if not came[r]):
-            nodes.append(f"rank {absent} of node {first // here} ({host})")
+            nodes.append(f"rank {absent} of node {first // here}{host}")
     return "; ".join(nodes)
 
 

@@ -338,6 +338,15 @@ def test_process_groups_on_cpus(joining):
 # ──────── one GPU ────────
 
 
+def test_a_process_with_a_gpu_joins_alone(joining):
+    """Its groups are those of many processes. Its number of threads stays as it was."""
+    job = joining(1, here=1, gpus=True)
+    job.start(0)
+    _, found = job.found(0)
+    assert found["calls"] == [["set_device", "cuda:0"], ["nccl", [0], 600, "cuda:0"]]
+    assert (found["device"], found["dtype"], found["threads"]) == ("cuda", "torch.bfloat16", 1)
+
+
 @pytest.fixture
 def gpu():
     """The Team of a process with one GPU, with gloo on the CPU in its place."""

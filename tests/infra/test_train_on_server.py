@@ -9,10 +9,12 @@ import re
 import signal
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import tiny
 
+import run as run_module
 import server as server_module
 import train
 from checkpoint import load_policy
@@ -119,6 +121,19 @@ def test_the_server_takes_a_whole_batch(world, base, tmp_path, monkeypatch):
         config = replace(config, vllm_url=server.url)
         with open_servers(config, base[0], questions, Team()) as (there, _):
             assert there.in_flight == 12
+
+
+def test_the_ranks_wait_until_a_push_is_loaded(monkeypatch):
+    """In gloo: NCCL's time-out is shorter than a push may take."""
+    order = []
+    monkeypatch.setattr(run_module, "push_weights", lambda *_: order.append("pushed"))
+    team = SimpleNamespace(leads=True, broadcast=lambda value: value,
+                           gather=lambda value: order.append("all here"))
+    config = SimpleNamespace(rollout="vllm", output_dir="out", check_push_every=10)
+    run = SimpleNamespace(config=config, team=team, policy=None, server=SimpleNamespace(version=0),
+                          steps_done=2, checks=2)
+    run_module.update_server(run, 1, [])
+    assert order == ["pushed", "all here"]
 
 
 # ──────── runs ────────

@@ -300,6 +300,47 @@ def test_the_trainer_is_killed(world, tmp_path, end, moment):
         assert code != 0
 
 
+# ──────── flags ────────
+
+
+GRAPHS = """
+import json, sys
+from types import SimpleNamespace
+from vllm.config import CompilationConfig, CUDAGraphMode
+from vllm.config.vllm import VllmConfig
+from vllm.entrypoints.launchers.cli_args import make_arg_parser
+from vllm.utils.argparse_utils import FlexibleArgumentParser
+parser, found = make_arg_parser(FlexibleArgumentParser()), []
+for flags in json.loads(sys.argv[1]):
+    options = parser.parse_args(flags)
+    graphs = CompilationConfig(max_cudagraph_capture_size=options.max_cudagraph_capture_size,
+                               cudagraph_mode=CUDAGraphMode.FULL_AND_PIECEWISE)
+    graphs.post_init_cudagraph_sizes = lambda: None
+    scheduler = SimpleNamespace(max_num_seqs=options.max_num_seqs, max_num_batched_tokens=8192)
+    VllmConfig._set_cudagraph_sizes(SimpleNamespace(
+        model_config=SimpleNamespace(enforce_eager=False), compilation_config=graphs,
+        scheduler_config=scheduler, uniform_decode_query_len=1, performance_mode="balanced"))
+    found.append((options.max_num_seqs, graphs.cudagraph_capture_sizes))
+print(json.dumps(found))
+"""
+
+
+def test_a_batch_fits_a_cuda_graph():
+    """With our flags, vLLM's own rules give a graph of the size of the batch. Of two flags, the
+    last one wins."""
+    flags = {n: list(map(str, server_module._batch_flags(Command("python", "log", sequences=n))))
+             for n in (100, 500, 768, 1000)}
+    commands = [*flags.values(), ["--max-num-seqs", "768"],
+                [*flags[100], "--max_num_seqs=64", "--max-cudagraph-capture-size", "32"]]
+    run = subprocess.run([PYTHON, "-c", GRAPHS, json.dumps(commands)], capture_output=True,
+                         text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+    *ours, (_, without), (users, few) = json.loads(run.stdout.splitlines()[-1])
+    for n, (most, sizes) in zip(flags, ours):
+        assert n <= most < n + 16 and any(n <= size <= most for size in sizes)
+    assert max(without) == 512 and users == 64 and max(few) == 32
+
+
 # ──────── train.py ────────
 
 
