@@ -105,7 +105,7 @@ def in_original_layout(tensors, shell):
     transformers fuses the experts of a layer into one tensor; on disk each expert has its own.
     """
     converted = {}
-    # What save_pretrained would look up; revert_weight_conversion repeats that for every call.
+    # As in save_pretrained. Otherwise each call would look them up again: 0.1 s in the 30B's model.
     shell._weight_conversions = [each for each in get_model_conversion_mapping(
         shell, add_legacy=False) if not isinstance(each, PrefixChange)]
     for name in list(tensors):  # one by one, because fused tensors are copied
