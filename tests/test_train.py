@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from dataclasses import fields, replace
 from pathlib import Path
 
@@ -301,6 +302,27 @@ def test_draw_goes_through_the_data_by_epochs():
     assert train.draw(questions, 3, config) == drawn[6:8]
     other = replace(config, seed=4)
     assert [q for i in range(5) for q in train.draw(questions, i, other)] != drawn
+
+
+def test_the_checker_answers_during_the_frozen_forwards(world, tmp_path, monkeypatch):
+    """Its verdicts come only once π_ref has run; without a thread of its own this would wait."""
+    config = read_config(arguments(world, tmp_path))
+    policy = load_policy(world / "model")
+    run = a_run(config, policy, policy, read_questions(world / "train.jsonl"))
+    forwards_are_over = threading.Event()
+
+    def check(texts, *_):
+        assert forwards_are_over.wait(60)
+        return [1.0] * len(texts)
+
+    monkeypatch.setattr(train, "check_consistency", check)
+    batch = train.sample_batch(0, run)
+    verdicts = train.ask_checker(batch, run)
+    train.reference_passes(batch, run)
+    assert batch.ref_logp and not batch.rewards
+    forwards_are_over.set()
+    train.score(batch, verdicts, run)
+    assert (batch.rewards["consistency"] == 1).all()
 
 
 def test_reference_passes(world, tmp_path):

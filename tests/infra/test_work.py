@@ -15,7 +15,7 @@ from attention import AudioMass
 from config import read_config
 from distributed import Team
 from model import token_statistics
-from rollout import Sampling, sample
+from rollout import Sampling, encode_prompts, sample
 from run import Run, make_optimizer, open_inputs
 
 
@@ -179,6 +179,27 @@ def test_clips_encoded_in_an_iteration(world, tmp_path, monkeypatch, flags, froz
         assert encoded == [4] and gradients == [False]
     else:  # 3 micro-batches, each forward and again in the backward
         assert not encoded and sum(gradients) == 2 * 3
+
+
+def test_each_rank_encodes_a_part_of_the_prompts(world, tmp_path, monkeypatch):
+    """Of 4 questions on 3 ranks, each rank encodes two (one of them twice, so that all run the same
+    forwards), and all get the prompts of one process, in order."""
+    run = open_run(world, tmp_path)
+    questions = train.draw(run.questions, 0, run.config)
+    alone, encoded = encode_prompts(questions, run), Counter()
+    encode = model.Policy.encode
+    monkeypatch.setattr(model.Policy, "encode", lambda *args: encoded.update(
+        {args[1].id: 1}) or encode(*args))
+    for rank in range(3):
+        run.team = Team(rank=rank, size=3)
+        everyone = lambda own: [dict(enumerate(alone)), own]
+        monkeypatch.setattr(Team, "gather", lambda team, own: everyone(own))
+        prompts = encode_prompts(questions, run)
+        assert [p.question for p in prompts] == questions
+        for prompt, wanted in zip(prompts, alone):
+            assert prompt.ids == wanted.ids and not prompt.features
+            torch.testing.assert_close(prompt.embeddings, wanted.embeddings, atol=1e-5, rtol=1e-5)
+    assert sorted(encoded.values()) == [1, 1, 1, 3]  # two fillers, both of the last question
 
 
 def test_a_prompt_is_prefilled_once(tmp_path):
