@@ -94,8 +94,8 @@ def sizes_of(policy, config, gpus, audio_seconds=30):
 def plan(policy, config, gpus, audio_seconds=30):
     """→ bytes by name on each of `gpus` training GPUs, and sizes_of.
 
-    Sharded: fp32 master weights, fp32 gradients and AdamW's two moments of what is trained, and the
-    bf16 reference. Gathered in bf16: the unit in use and the next one, and the root units
+    Sharded: fp32 master weights, fp32 gradients and AdamW's two moments of what is trained, frozen
+    weights in bf16 (of a folder in bf16), and the bf16 reference. Gathered in bf16: the unit in use and the next one, and the root units
     (embeddings, lm_head) all the time. Activations: the inputs of all layers (checkpointing keeps
     no more) and the inside of one layer, while it is recomputed. The frozen audio tower runs before
     the updates and keeps nothing.
@@ -112,7 +112,8 @@ def plan(policy, config, gpus, audio_seconds=30):
     mass = 4 * 4 * s.tokens * s.heads * min(MASS_ROWS, config.max_new_tokens)  # z, α, dz …, fp32
     no_reference = config.lora_rank > 0  # the policy without its adapters
     return {
-        "weights, fp32, sharded": 4 * s.shard,
+        "trained weights, fp32, sharded": 4 * s.trained_shard,
+        "frozen weights, bf16, sharded": 2 * (s.shard - s.trained_shard),
         "gradients, fp32, sharded": 4 * s.trained_shard,
         "AdamW, fp32, sharded": 8 * s.trained_shard,
         "reference, bf16, sharded": 0 if no_reference or config.offload_reference else 2 * s.shard,

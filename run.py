@@ -118,6 +118,11 @@ def open_inputs(config, team):
     if team.leads:
         set_trainable(whole, config)
     policy = set_trainable(load_policy(config.model, meta=True), config)
+    if policy.saved_dtype == team.dtype:
+        # Frozen weights need no fp32 masters: bf16 is what the folder holds and what is gathered.
+        for p in policy.parameters():
+            if not p.requires_grad:
+                p.data = p.data.to(team.dtype)
     policy = fill(shard(policy, team, team.dtype), whole, team)
     return questions, eval_questions, policy, make_reference(policy, config, frozen)
 

@@ -69,7 +69,10 @@ def test_plan_of_the_30b(big, capsys, monkeypatch, tmp_path):
     # As fully_shard cuts: the first of 24 ranks gets 6 of 128 experts, the last gets 2.
     first = sum(p.chunk(24)[0].numel() for p in policy.parameters())
     assert first > 1.1 * 31.72e9 / 24
-    assert table["weights, fp32, sharded"] == pytest.approx(4 * first / 2**30, abs=0.01)
+    frozen = sum(p.chunk(24)[0].numel() for name, p in policy.named_parameters()
+                 if "audio_tower" in name or "visual" in name)
+    lines = [table["trained weights, fp32, sharded"], table["frozen weights, bf16, sharded"]]
+    assert lines == pytest.approx([4 * (first - frozen) / 2**30, 2 * frozen / 2**30], abs=0.01)
     # Embeddings and lm_head, of the policy and of the reference.
     roots = [size for name, size in table.items() if name.startswith("gathered: root")]
     assert roots == pytest.approx([2 * 2 * 152064 * 2048 / 2**30] * 2, abs=0.01)
@@ -117,8 +120,8 @@ def test_plan_divides_what_is_sharded(big, more):
 
 
 def test_one_gpu(omni_3b, audio_7b, capsys):
-    """LoRA on the 3B model fits 48 GiB and not 24; full fine-tuning fits 80. Qwen2-Audio-7B with
-    LoRA needs 80, and full fine-tuning does not fit. vLLM finds room beside LoRA alone."""
+    """LoRA on the 3B model fits 24 GiB, and 48 with vLLM beside it; full fine-tuning fits 80.
+    Qwen2-Audio-7B with LoRA fits 48, with vLLM 80; full fine-tuning does not fit."""
     fits = {}
     for name, folder in (("3B", omni_3b), ("7B", audio_7b)):
         for method, flags in (("lora", LORA), ("full", ())):
@@ -133,21 +136,21 @@ def test_one_gpu(omni_3b, audio_7b, capsys):
                 assert ("vLLM does not fit" in said) != serves
                 fits[name, method, gib] = trains, serves
     no, alone, both = (False, False), (True, False), (True, True)
-    assert fits == {("3B", "lora", 24): no, ("3B", "lora", 48): both, ("3B", "lora", 80): both,
+    assert fits == {("3B", "lora", 24): alone, ("3B", "lora", 48): both, ("3B", "lora", 80): both,
                     ("3B", "full", 24): no, ("3B", "full", 48): no, ("3B", "full", 80): alone,
                     ("7B", "lora", 24): no, ("7B", "lora", 48): alone, ("7B", "lora", 80): both,
                     ("7B", "full", 24): no, ("7B", "full", 48): no, ("7B", "full", 80): no}
 
 
 def test_recipe_of_one_gpu(omni_3b):
-    """Trainer and vLLM fit 48 GiB together with the recipe's flag, and 45 as well. KV cache by
+    """Trainer and vLLM fit 40 GiB together with the recipe's flag, and 48 as well. KV cache by
     hand: 2 key heads of 128 in 36 layers; 16 prompts of 200 + 750 tokens, 128 completions."""
     config, policy = prepared(omni_3b, ROOT / "recipes" / "one_gpu.yaml")
     assert config.target_layers == list(range(policy.num_layers))[-5:]
     on_gpu, s = plan.plan(policy, config, 1)
     need = sum(on_gpu.values())
     used = float(re.search(r"--gpu-memory-utilization ([\d.]+)", config.vllm_flags)[1])
-    for gib in (48, 45):
+    for gib in (40, 48):
         largest, parts, room = plan.beside_vllm(s, config, need, gib)
         assert need + largest * gib * 2**30 <= gib * 2**30 < need + (largest + .01) * gib * 2**30
         assert used <= largest

@@ -36,7 +36,7 @@ import train
 from config import read_config
 from data import read_questions
 from distributed import Team
-from run import Run, make_optimizer, set_trainable
+from run import Run, make_optimizer, open_inputs, set_trainable
 from processes import CLEAN, free_port, gone, torchrun
 from server import Command
 from tiny import arguments, lines
@@ -380,6 +380,37 @@ def test_one_gpu_is_a_mesh_of_one(gpu, world):
             assert p.grad.dtype == torch.float32
             assert torch.equal(p.grad.to_local(), expected[name].grad.float()), name
     assert trained > 20
+
+
+@pytest.mark.parametrize("flags", [("--lora_rank", 2), ()], ids=["LoRA", "full"])
+def test_frozen_weights_of_a_bf16_folder_stay_bf16(gpu, tmp_path, flags):
+    """Only what is trained has fp32 masters. Log-probs and gradients are those of fp32 masters for
+    everything, bit for bit, and so are the weights of an export."""
+    policy = tiny.qwen3_omni_that_ends(0.7)
+    policy.saved_dtype = torch.bfloat16
+    world = tiny.write_world(tmp_path, policy)
+    config = read_config(arguments(world, tmp_path / "run", *flags))
+    questions, _, narrow, _ = open_inputs(config, gpu)
+    torch.manual_seed(config.seed)  # LoRA's A is random
+    whole = set_trainable(checkpoint.load_policy(world / "model"), config)
+    wide = set_trainable(checkpoint.load_policy(world / "model", meta=True), config)
+    wide = distributed.fill(distributed.shard(wide, gpu, gpu.dtype), whole, gpu)
+    kinds = {(p.requires_grad, p.dtype) for p in narrow.parameters()}
+    assert kinds == {(True, torch.float32), (False, torch.bfloat16)}
+    prompts = [narrow.encode(q) for q in questions[:3]]
+    batch = narrow.collate(prompts, [[5, 6, 7], [8], [9, 10]])
+    for each in (narrow, wide):
+        out = each(batch, 1.2, (1, 2))
+        (out.logp.sum() + out.head_mass.sum()).backward()
+        each.logp = out.logp
+    assert torch.equal(narrow.logp, wide.logp)
+    gradients = [{name: p.grad.to_local() for name, p in each.named_parameters()
+                  if p.grad is not None} for each in (narrow, wide)]
+    assert len(gradients[0]) > 10 and gradients[0].keys() == gradients[1].keys()
+    assert all(torch.equal(g, gradients[1][name]) for name, g in gradients[0].items())
+    for number, each in enumerate((narrow, wide)):
+        checkpoint.save_policy(each, tmp_path / f"export-{number}", gpu)
+    assert torch.equal(*(flat(tensors(tmp_path / f"export-{number}")) for number in (0, 1)))
 
 
 def test_one_gpu_saves_and_resumes(gpu, world, tmp_path):
@@ -956,15 +987,17 @@ def test_exported_names_are_the_hubs(tmp_path):
 def test_plan_is_what_two_ranks_hold(world, runs, name):
     """The sharded lines for two GPUs are what each of two ranks held after a step, within 2 %.
 
-    On a CPU the reference is in fp32, hence numbers are compared, not bytes.
+    On a CPU frozen weights and the reference are in fp32, hence numbers are compared, not bytes.
     """
     folder = runs(name, 2)
     config = read_config(arguments(world, folder, *CONFIGURATIONS[name]))
     policy = set_trainable(checkpoint.load_policy(world / "model", meta=True), config)
     table, _ = plan.plan(policy, config, 2)
+    table["weights"] = (table["trained weights, fp32, sharded"]
+                        + 2 * table["frozen weights, bf16, sharded"])
     for rank in (0, 1):
         held = json.loads((folder / f"held-{rank}.json").read_text())
-        for what, line, width in (("weights", "weights, fp32, sharded", 4),
+        for what, line, width in (("weights", "weights", 4),
                                   ("gradients", "gradients, fp32, sharded", 4),
                                   ("AdamW", "AdamW, fp32, sharded", 4),
                                   ("reference", "reference, bf16, sharded", 2)):
