@@ -95,10 +95,10 @@ def plan(policy, config, gpus, audio_seconds=30):
     """→ bytes by name on each of `gpus` training GPUs, and sizes_of.
 
     Sharded: fp32 master weights, fp32 gradients and AdamW's two moments of what is trained, frozen
-    weights in bf16 (of a folder in bf16), and the bf16 reference. Gathered in bf16: the unit in use and the next one, and the root units
-    (embeddings, lm_head) all the time. Activations: the inputs of all layers (checkpointing keeps
-    no more) and the inside of one layer, while it is recomputed. The frozen audio tower runs before
-    the updates and keeps nothing.
+    weights in bf16 (of a folder in bf16), and the bf16 reference. Gathered in bf16: the unit in use
+    and the next one, and the root units (embeddings, lm_head) all the time. Activations: the inputs
+    of all layers (checkpointing keeps no more) and the inside of one layer, while it is recomputed.
+    The frozen audio tower runs before the updates and keeps nothing.
     """
     s = sizes_of(policy, config, gpus, audio_seconds)
     # One layer in bf16, kept between its recomputation and its backward: norms and residuals; q, k,

@@ -33,7 +33,7 @@ def stand_in(tmp_path_factory):
                             "STAND_IN_PYTHON": sys.executable, "OMP_NUM_THREADS": 1}.items():
             patch.setenv(name, str(value))
         patch.delenv("VLLM_API_KEY", raising=False)
-        patch.setattr(server_module, "START_SECONDS", 90)
+        patch.setattr(server_module, "START_SECONDS", 240)
         patch.setattr(server_module, "STALL_SECONDS", 30)
         patch.setattr(Server, "_start", recorded)
         yield groups
@@ -41,7 +41,7 @@ def stand_in(tmp_path_factory):
 
 @pytest.fixture
 def clean(stand_in):
-    """Starts a test without faults and ends it after 100 s at most.
+    """Starts a test without faults and ends it after 250 s at most.
 
     After the test, no process may be left of a server that was closed or restarted.
     """
@@ -51,7 +51,7 @@ def clean(stand_in):
     want()
     Path(os.environ["STAND_IN_LOG"]).write_text("")
     handler = signal.signal(signal.SIGALRM, late)
-    signal.alarm(100)
+    signal.alarm(250)
     yield
     signal.alarm(0)
     signal.signal(signal.SIGALRM, handler)
