@@ -64,8 +64,9 @@ def train_side_by_side(world, runs, options):
                    *arm_flags(world, options.questions, run, options.seed), *ARMS[name]]
         # One progress bar is enough.
         quiet = {"TQDM_DISABLE": "1"} if processes else {}
-        processes[name] = subprocess.Popen(
-            list(map(str, command)), env={**os.environ, "OMP_NUM_THREADS": "1", **quiet})
+        # On a GPU the toy would train in bf16, and not show the digits of README.md.
+        processes[name] = subprocess.Popen(list(map(str, command)), env={
+            **os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": "", **quiet})
     try:
         return {name: process.wait() for name, process in processes.items()}
     finally:

@@ -3,8 +3,9 @@
     torchrun --nnodes 4 --nproc-per-node 8 train.py …      # nodes 0 to 2 train, node 3 serves vLLM
 
 All trainers run the same program, each on its part of the completions of a step. Rank 0 leads: it
-samples, scores and writes. One process is a team of one: nothing is sent, and only on a GPU is the
-policy sharded, for its gathering in bf16. Skip this file on a first reading.
+asks the servers, computes the rewards and writes the logs. One process is a team of one: nothing is
+sent, and only on a GPU is the policy sharded, for its gathering in bf16. Skip this file on a first
+reading.
 """
 
 import contextlib
@@ -33,7 +34,7 @@ from server import Command, Server
 BEAT_SECONDS = 2  # how often a process shows that it is alive
 SILENCE_SECONDS = 40  # a process that was silent for so long counts as dead
 JOIN_SECONDS = 1800  # how long the ranks wait for the last one to start: a slow disk takes minutes
-TELL_SECONDS = 60  # after so long, rank 0 says for whom they wait
+TELL_SECONDS = 60  # after so long, rank 0 names the missing ranks
 CONNECT_SECONDS, CONNECT_ATTEMPTS = 30, 4
 COLLECTIVE_SECONDS = 7200  # of gloo: how long the other ranks wait for rank 0 while it samples
 NCCL_SECONDS = 600  # of NCCL: while rank 0 samples or writes, the others wait in gloo
@@ -161,8 +162,9 @@ def join(config):
     nodes, here = int(os.environ["GROUP_WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
     trainers = (nodes - rollout_nodes(config)) * here
     _check_world(config, world, nodes, here, trainers)
-    # torchrun sets OMP_NUM_THREADS=1, but casts and splits of whole weights run on the CPU.
-    torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
+    if os.environ.get("OMP_NUM_THREADS", "1") == "1":  # torchrun's own choice, not the user's
+        # Casts and splits of whole weights run on the CPU.
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // here))
     store, rank, _ = next(dist.rendezvous("env://"))
     over = threading.Event()
     watch = threading.Thread(target=_watch, args=(store.clone(), rank, world, over), daemon=True)

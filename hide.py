@@ -17,9 +17,9 @@ from tqdm import tqdm
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from attention import allowed_keys, mask_without_empty_rows
 from data import InputError, write_whole
 from diagnostics import answer, load, questions_of, target_layers
-from attention import allowed_keys, mask_without_empty_rows
 from rewards import accuracy_reward
 from run import check_policy
 

@@ -62,7 +62,7 @@ def head_audio_mass(attention, is_audio):
     attention α [B, H, T, S], the softmax of one layer; is_audio [B, S], true on the audio tokens →
     [B, H, T]. Query t is the position that *predicts* y_t, as for Δh_t and ρ_t (ours: the paper
     says "generation position t").
-    model.AudioMass computes the same from queries and keys, a block of positions at a time.
+    attention.AudioMass computes the same from queries and keys, a block of positions at a time.
     """
     not_audio = ~is_audio.bool()[:, None, None, :]  # j ∉ S_audio  [B, 1, 1, S]
     return attention.masked_fill(not_audio, 0).sum(dim=-1)

@@ -18,6 +18,7 @@ from checkpoint import load_policy
 from config import read_config
 from data import InputError, audio_token_count
 from distributed import units
+from export import FILE_BYTES
 from model import LOGIT_COLUMNS
 from run import set_trainable
 
@@ -131,14 +132,15 @@ def host_memory(s, config):
     """→ bytes by name on the CPU, each for rank 0 and for another rank. Python itself not counted.
 
     Rank 0 loads the whole weights and sends them tensor by tensor; later it holds what all hold. In
-    a push each rank keeps its share of the export.
+    a push each rank holds one file of its part of the export.
     """
-    embeddings = 2 * s.questions * s.audio * s.hidden if config.freeze_audio_tower else 0
+    frozen = config.freeze_audio_tower or config.lora_rank
+    embeddings = 2 * s.questions * s.audio * s.hidden if frozen else 0
     reference = 2 * s.shard if config.offload_reference and not config.lora_rank else 0
-    share = 2 * s.exported / s.gpus
+    share = min(2 * s.exported / s.gpus, FILE_BYTES)
     kept = share + embeddings + reference
     return {"whole weights while loading, fp32": (4 * s.exported, 0),
-            "its share of a push, bf16": (share, share),
+            "a file of a push, bf16": (share, share),
             "embeddings of the clips, bf16": (embeddings, embeddings),
             "reference, offloaded, bf16": (reference, reference),
             "most at a time": (max(4 * s.exported, kept), kept)}
@@ -146,9 +148,11 @@ def host_memory(s, config):
 
 def disk(s, config):
     """→ bytes by name under output_dir."""
-    state = 12 * s.trained + s.questions * s.audio_seconds * MEL_BYTES if config.save_every else 0
+    frozen = config.freeze_audio_tower or config.lora_rank  # the batch then holds embeddings
+    clips = s.questions * (2 * s.audio * s.hidden if frozen else s.audio_seconds * MEL_BYTES)
+    state = 12 * s.trained + clips if config.save_every else 0
     push = 2 * s.exported if config.rollout == "vllm" else 0
-    parts = {"two states and one being written: fp32 weights and moments, batch": 3 * state,
+    parts = {"two states, and a third while it is written": 3 * state,
              "pushed weights, and the next ones, bf16": 2 * push,
              "a checkpoint, bf16": 2 * s.exported}
     return {**parts, "all of it": sum(parts.values())}
@@ -233,7 +237,8 @@ def total_seconds(rows, config):
     def phase(name, together=sum):
         return together([value for row, value, _ in rows if row.startswith(name)] or [0])
 
-    training = phase("rewards") + phase("frozen", max) + phase("updates", max)
+    # The checker answers during the frozen forwards.
+    training = max(phase("rewards"), phase("frozen", max)) + phase("updates", max)
     if config.async_rollouts:  # samples while the batch before trains
         return phase("push") + max(phase("generate"), training)
     return phase("push") + phase("generate") + training

@@ -255,12 +255,12 @@ ATTEMPTS = 5  # of one request (ours)
 UNREADABLE = 0.02  # share of a batch whose verdicts may be unreadable before the run stops (ours)
 
 
-def check_consistency(texts, config, checker=None):
+def check_consistency(texts, config, checker=None, given_up=None):
     """r_cons of each completion of a run (Appendix B), as its config asks for.
 
     checker: the server.Server that was started on `config.checker`, if there is one. With λ_cons 0
     no checker is asked; the rewards are 0 and the metrics say null. None stands for a verdict that
-    could not be read, as in consistency_rewards.
+    could not be read, as in consistency_rewards. given_up: an event that ends the asking early.
     """
     style = config.format_style
     if config.reward_weights[2] == 0:
@@ -269,13 +269,15 @@ def check_consistency(texts, config, checker=None):
         return rule_consistency_rewards(texts, style)
     if checker is None:
         return consistency_rewards(texts, url=config.checker, model=config.checker_model,
-                                   format_style=style, api_key=os.environ.get("CHECKER_API_KEY"))
+                                   format_style=style, given_up=given_up,
+                                   api_key=os.environ.get("CHECKER_API_KEY"))
     while True:
         checker.wait()
         try:
             rewards = consistency_rewards(texts, url=f"{checker.url}/v1",
                                           model=config.checker_model, format_style=style,
-                                          api_key=checker.key, trust_env=checker.trust_env)
+                                          given_up=given_up, api_key=checker.key,
+                                          trust_env=checker.trust_env)
             checker.deaths = 0
             return rewards
         except CheckerError as error:
@@ -285,7 +287,7 @@ def check_consistency(texts, config, checker=None):
 
 
 def consistency_rewards(completions, *, url, model, api_key=None, format_style="think",
-                        max_in_flight=32, timeout=60.0, trust_env=True):
+                        max_in_flight=32, timeout=60.0, trust_env=True, given_up=None):
     """r_cons of each completion, in order: the checker's YES is 1.0, its NO 0.0.  (Appendix B)
 
     The verdict is the first word of the reply. A reply that starts otherwise is asked for once
@@ -295,7 +297,8 @@ def consistency_rewards(completions, *, url, model, api_key=None, format_style="
 
     url: base of an OpenAI-compatible server, such as "http://host:8000/v1"; model: the name of the
     checker there (paper: Qwen3-30B-A3B-Instruct); max_in_flight: requests at a time; timeout:
-    seconds of one request; trust_env: use http_proxy and similar variables.
+    seconds of one request; trust_env: use http_proxy and similar variables; given_up: an event
+    that ends the asking early.
     A completion without thinking or without an answer is "visibly incomplete" (failure mode 2): it
     gets 0.0 without a request. Transport faults and HTTP 408, 409, 429 and 5xx are tried again,
     ATTEMPTS times in all, with growing waits.
@@ -303,7 +306,7 @@ def consistency_rewards(completions, *, url, model, api_key=None, format_style="
     that cannot be read. A checker that fails never counts as 0.
     """
     endpoint = url.rstrip("/") + "/chat/completions"
-    given_up = threading.Event()  # after the first failure the other requests stop trying
+    given_up = given_up or threading.Event()  # after a failure the other requests stop trying
     ask = retrying(given_up)
     unreadable = []  # replies
 
@@ -311,6 +314,8 @@ def consistency_rewards(completions, *, url, model, api_key=None, format_style="
         parts = split_completion(completion, format_style)
         if parts is None:
             return 0.0
+        if given_up.is_set():
+            raise CheckerError(f"the checker at {endpoint} was given up")
         prompt = CHECKER_PROMPT.format(think_text=parts[0], answer_text=parts[1])
         # Greedy first. The second seed is random, so that a resumed run does not get the same
         # reply again.

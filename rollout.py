@@ -5,7 +5,7 @@
     completions = sample(policy, prompts, G, sampling, seed=0, server=server)  # on vLLM, server.py
     push_weights(server, policy, "runs/weights", version=4)                    # after an update
 
-In this process, each prompt runs once, audio encoder included; its keys and values are then
+In this process, each prompt runs once; its keys and values are then
 repeated for the G samples. A vLLM server (the paper's way) receives the audio with each question,
 and the policy's weights after each update. We check its answers: the token ids of its prompts must
 equal ours, and so, after a push, must the log-probs of its samples (`check_push`).

@@ -61,6 +61,7 @@ class Run:
     checks: int = 0  # comparisons of log-probs after a push
     flat_batches: int = 0  # generation batches in a row whose advantages are all 0
     stop: threading.Event = field(default_factory=threading.Event)  # set by SIGTERM
+    over: threading.Event = field(default_factory=threading.Event)  # the checker's thread gives up
 
 
 @contextlib.contextmanager
@@ -88,6 +89,7 @@ def open_run(config, team):
         try:
             yield run
         finally:
+            run.over.set()
             run.pool.shutdown(wait=False, cancel_futures=True)
 
 
@@ -144,6 +146,11 @@ def check_settings(config):
     if (starts_rollouts or starts_checker) and not vllm_python(config).is_file():
         raise InputError(f"vllm_python {vllm_python(config)}: no such interpreter; `make vllm` "
                          "builds the vLLM environment, see requirements-vllm.txt")
+    flags = config.vllm_flags
+    if config.fp32_head and "hf-overrides" in flags and "head_dtype" not in flags:
+        raise InputError("vllm_flags: --hf-overrides without head_dtype would give the server "
+                         'another head than the trainer; add "head_dtype": "float32", or set '
+                         "fp32_head to false")
     if config.vllm_url and not config.vllm_url.startswith("http"):
         raise InputError(f"vllm_url is {config.vllm_url!r}: give a URL, as http://127.0.0.1:8000")
     if config.vllm_url:
@@ -195,7 +202,7 @@ def check_policy(policy, questions, target_layers):
     question = questions[0]
     prompt = policy.encode(question)
     batch = policy.collate([prompt], [[]]).to(policy.device)
-    wanted = sum(audio_token_count(n, policy.base.config.model_type) for n in prompt.frames)
+    wanted = policy.audio_tokens(prompt)
     reason = ""
     try:
         with torch.no_grad():
@@ -343,6 +350,8 @@ def open_servers(config, policy, questions, team):
                               sequences=config.generation_batch_size,
                               fp32_head=config.fp32_head)
             server = launch(stack, team, "rollout", served, command, in_flight=in_flight)
+            if team.device.type == "cuda" and not team.node_serves:
+                server.wait()  # vLLM takes our allocations meanwhile for its own
         if config.reward_weights[2] != 0 and Path(config.checker).is_dir():
             # They share the GPUs, and vLLM measures the free memory while it starts: one by one.
             if server and server.ours:

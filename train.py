@@ -176,7 +176,8 @@ def ask_checker(batch, run):
     if not run.team.leads:
         return None
     batch.texts = [run.policy.decode(c) for c in batch.completions]
-    return run.pool.submit(check_consistency, batch.texts, run.config, run.checker).result
+    return run.pool.submit(check_consistency, batch.texts, run.config, run.checker,
+                           run.over).result
 
 
 @torch.no_grad()

@@ -9,8 +9,8 @@ makes it: one head per row. The 5 layers of L_tgt cost five times as much time; 
 they run one after the other.
 
     no mass          transformers' fused attention alone
-    ours             the same, and model.AudioMass: softmax in blocks of rows, and a backward only
-                     for rows with a gradient
+    ours             the same, and attention.AudioMass: softmax in blocks of rows, and a backward
+                     only for rows with a gradient
     eager            softmax(q·k)·v with the weights, as for output_attentions=True
     lse              exp(lse_audio − lse_all) in blocks of rows, each under a checkpoint
     indicator value  a second fused attention, whose value is 1 on audio keys

@@ -653,6 +653,17 @@ def test_encode_needs_one_placeholder_per_clip(one_tiny, rendered, question, mes
     assert message in error and f"for {len(questions[question].audio)} clips" in error
 
 
+def test_encoded_audio_must_fill_the_placeholders(one_tiny, monkeypatch):
+    policy, questions = one_tiny
+    prompts = [policy.encode(q) for q in questions[:2]]
+    embed = model.audio_embeddings
+    monkeypatch.setattr(model, "audio_embeddings", lambda *args, **more: embed(*args, **more)[1:])
+    tokens = sum(p.ids.count(policy.audio_token_id) for p in prompts)
+    message = error_of(policy.encode_audio, prompts)
+    assert f"questions q0 … q1: the audio encoder makes {tokens - 1} tokens" in message
+    assert f"{tokens} placeholders" in message
+
+
 @pytest.mark.parametrize("change", [+1, -1])
 def test_collate_compares_placeholders_with_features(one_tiny, change):
     """One placeholder too many or too few: transformers would cut the features without a word."""

@@ -653,6 +653,16 @@ def test_the_first_error_ends_the_other_requests(start_checker, monkeypatch):
     assert len(checker.requests) < 100
 
 
+def test_a_run_that_ends_gives_the_checker_up(start_checker, monkeypatch):
+    """The event ends the waits for another attempt, and no further completion is asked about."""
+    monkeypatch.setattr(rewards, "FIRST_WAIT", 20.0)
+    over, started = threading.Event(), time.monotonic()
+    checker = start_checker(lambda prompt, n: over.set() or 503)
+    with pytest.raises(CheckerError):
+        ask(completions(500), checker, max_in_flight=4, given_up=over)
+    assert time.monotonic() - started < 5 and len(checker.requests) <= 8
+
+
 def test_a_refused_connection_is_an_error(monkeypatch):
     monkeypatch.setattr(rewards, "FIRST_WAIT", 0.01)
     monkeypatch.setattr(rewards, "ATTEMPTS", 2)

@@ -31,7 +31,7 @@ from config import TrainConfig, read_config
 from data import InputError, read_questions
 from distributed import Team
 from metrics import open_log
-from run import Run
+from run import Run, check_settings
 from tiny import arguments, lines
 from train import main
 
@@ -748,6 +748,15 @@ def test_files_that_no_run_writes_are_no_run(world, tmp_path):
     assert [m["step"] for m in lines(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4]
     # The recipe that the run writes does not overwrite.
     assert not read_config([str(tmp_path / "config.yaml")]).overwrite
+
+
+def test_hf_overrides_must_keep_the_head(world, tmp_path, capsys):
+    """vLLM takes the last --hf-overrides alone, so a user's own would drop the fp32 head."""
+    flags = arguments(world, tmp_path, "--vllm_flags=--hf-overrides {\"a\":1}")
+    assert "head_dtype" in refused(capsys, flags)
+    for more in (["--fp32_head", "false"],
+                 ["--vllm_flags=--hf-overrides {\"a\":1,\"head_dtype\":\"float32\"}"]):
+        check_settings(read_config([*flags, *more]))
 
 
 def test_overwrite_removes_nothing_when_the_inputs_are_wrong(world, unfinished, tmp_path, capsys):

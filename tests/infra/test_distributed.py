@@ -414,7 +414,10 @@ def test_frozen_weights_of_a_bf16_folder_stay_bf16(gpu, tmp_path, flags):
 
 
 def test_one_gpu_saves_and_resumes(gpu, world, tmp_path):
-    """The state has the fp32 masters and AdamW's moments, and an export has the whole weights."""
+    """The state has the fp32 masters and AdamW's moments, and an export has the whole weights.
+
+    The kind of AdamW is that of the run that resumes, here fused, not that of the saved one.
+    """
     config = read_config(arguments(world, tmp_path))
 
     def loaded():
@@ -430,11 +433,15 @@ def test_one_gpu_saves_and_resumes(gpu, world, tmp_path):
         for p in group["params"]:
             p.grad = p.detach().clone()
     run.optimizer.step()
+    for group in run.optimizer.param_groups:
+        assert group["fused"]
+        group["fused"] = False
     checkpoint.save_state(tmp_path / "state", 1, run, None)
     checkpoint.save_checkpoint(run.policy, tmp_path / "checkpoint", gpu)
     again, resumed = loaded()
     assert any(not torch.equal(resumed[name], weights[name]) for name in weights)
     assert checkpoint.resume(again) == (1, None)
+    assert all(group["fused"] for group in again.optimizer.param_groups)
     assert all(torch.equal(resumed[name], weights[name]) for name in weights)
     moments, saved = (run_.optimizer.state_dict()["state"] for run_ in (again, run))
     assert all(torch.equal(moments[i]["exp_avg"].to_local(), saved[i]["exp_avg"].to_local())
