@@ -648,6 +648,7 @@ def test_a_node_that_serves_waits_for_the_last_checkpoint(tmp_path):
 
 WANDB = """
 import json, os
+from types import SimpleNamespace
 written = open(os.environ["WRITTEN"], "a")
 config = SimpleNamespace(update=lambda values, allow_val_change: None)
 def write(*values):
