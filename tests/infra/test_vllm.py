@@ -53,7 +53,9 @@ def load(world, count=8):
 def experts(world, tmp_path_factory):
     """A folder like `world`, whose model has experts and random weights.
 
-    The toy's own decoder is dense. vLLM loads and reloads experts in another way.
+    The toy's own decoder is dense. vLLM loads and reloads experts in another way. Placeholders get
+    almost no probability, as in tiny.qwen3_omni_that_ends: the server bans them, and check_push
+    would see that.
     """
     folder = tmp_path_factory.mktemp("experts")
     toy_policy = load_policy(world / "model")
@@ -61,6 +63,10 @@ def experts(world, tmp_path_factory):
     thinker = Qwen3OmniMoeThinkerForConditionalGeneration(toy.thinker_config(
         toy_policy.tokenizer, hidden_size=128, layers=3, audio_size=64, std=0.15))
     policy = make_policy(thinker, toy_policy.tokenizer, toy_policy.feature_extractor)
+    with torch.no_grad():
+        thinker.model.language_model.embed_tokens.weight[:, 0] = 1
+        thinker.lm_head.weight[:, 0] = 0
+        thinker.lm_head.weight[policy.placeholder_ids, 0] = -10
     save_policy(policy, folder / "model")
     (folder / "late").symlink_to(world / "late")
     return folder
