@@ -64,7 +64,7 @@ def experts(world, tmp_path_factory):
         toy_policy.tokenizer, hidden_size=128, layers=3, audio_size=64, std=0.15))
     policy = make_policy(thinker, toy_policy.tokenizer, toy_policy.feature_extractor)
     with torch.no_grad():
-        thinker.model.language_model.embed_tokens.weight[:, 0] = 1
+        thinker.model.language_model.embed_tokens.weight[:, 0] = 10  # layers add less
         thinker.lm_head.weight[:, 0] = 0
         thinker.lm_head.weight[policy.placeholder_ids, 0] = -10
     save_policy(policy, folder / "model")
