@@ -342,11 +342,8 @@ def resume(run):
     fused = [group["fused"] for group in optimizer.param_groups]
     set_state_dict(policy, optimizer, model_state_dict=weights, optim_state_dict=moments,
                    options=options)
-    for group, is_fused in zip(optimizer.param_groups, fused):  # not that of the saved run
-        group["fused"] = is_fused
-        for p in group["params"] if is_fused else ():
-            if "step" in optimizer.state.get(p, {}):  # fused AdamW wants it on the device
-                optimizer.state[p]["step"] = optimizer.state[p]["step"].to(team.device)
+    for group, own in zip(optimizer.param_groups, fused):  # the state has that of the saved run
+        group["fused"] = own
     run.schedule.load_state_dict(saved["schedule"])
     generator = folder / f"rng-{team.rank}.pt"
     if generator.is_file():

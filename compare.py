@@ -112,7 +112,7 @@ def report(runs, curves, options):
     """Says what was seen on this seed, and where the other seeds are."""
     for name, run in runs.items():
         metrics = [row for _, row in json_lines(run / "metrics.jsonl")]
-        late = [row["audio_mass_max_late"] for row in metrics 
+        late = [row["audio_mass_max_late"] for row in metrics
                 if row["audio_mass_max_late"] is not None]
         print(f"{name}: held-out accuracy {curves[name][0][1]:.3f} → {curves[name][-1][1]:.3f}, "
               f"mean over the run {mean_after_start(curves[name]):.3f}; "

@@ -200,6 +200,11 @@ class TrainConfig(MapoConfig):
         """Iterations of Algorithm 1, i.e. generation batches; the last one may be cut short."""
         return math.ceil(self.max_steps / self.steps_per_generation)
 
+    @property
+    def audio_tower_is_frozen(self):
+        """LoRA trains its adapters alone, and those are in the text decoder."""
+        return self.freeze_audio_tower or self.lora_rank > 0
+
 
 # Fields that a resumed run may change: where and how it runs, not what it computes. The rows behind
 # `data` and `eval_data` must be the same, see checkpoint.resume.

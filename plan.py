@@ -1,7 +1,7 @@
 """What a run needs, before anything is loaded: memory of GPUs and hosts, disk, seconds.
 
     python plan.py recipes/mapo_phase1.yaml --model FOLDER --gpus 24 --gib 96
-    python plan.py recipes/one_gpu.yaml --model FOLDER --gpus 1 --gib 48 --colocated
+    python plan.py recipes/one_gpu.yaml --model FOLDER --gpus 1 --gib 40 --colocated
 
 RECIPE and flags are those of train.py. Shapes come from the config.json of the model folder, on the
 meta device: no weights are read, and the folder need not contain them. Every number is computed
@@ -14,6 +14,9 @@ import math
 import sys
 from types import SimpleNamespace
 
+import torch
+
+import attention
 from checkpoint import load_policy
 from config import read_config
 from data import InputError, audio_token_count
@@ -26,7 +29,6 @@ GIB = 2**30
 MARGIN = 4 * GIB  # the CUDA context, NCCL's buffers, the allocator's losses: an allowance
 VLLM_MARGIN = 2 * GIB  # vLLM's context, activations and CUDA graphs: an allowance
 PROMPT_TEXT = 200  # tokens of question and options beside the audio
-MASS_ROWS = 128  # rows of attention weights at a time on a GPU, see attention.mass_rows
 MEL_BYTES = 4 * 128 * 100  # log-mel features of a second: 128 bins, 100 frames, fp32
 
 
@@ -53,6 +55,7 @@ def sizes_of(policy, config, gpus, audio_seconds=30):
     s.parameters, s.trained = count(parameters), count(trained(parameters))
     s.exported = s.parameters - (s.trained if config.lora_rank else 0)  # adapters are merged
     s.shard, s.trained_shard = shard_size(parameters), shard_size(trained(parameters))
+    s.frozen_width = 2 if policy.saved_dtype == torch.bfloat16 else 4  # bytes, see open_inputs
     inner, unit_sizes = set(), {}
     for module in units(policy):  # inner ones first: a unit excludes what its inner units hold
         own = [p for p in module.parameters() if id(p) not in inner]
@@ -82,6 +85,7 @@ def sizes_of(policy, config, gpus, audio_seconds=30):
     s.prompt = PROMPT_TEXT + s.audio  # L
     s.longest = s.prompt + config.max_new_tokens
     s.questions = config.generation_batch_size // config.group_size
+    s.embeddings = 2 * s.questions * s.audio * s.hidden  # of a batch's clips, bytes in bf16
     # The largest micro-batch.
     s.tokens = max(s.longest, min(config.micro_batch_tokens or math.inf,
                                   s.longest * (config.micro_batch_size or math.inf)))
@@ -96,7 +100,7 @@ def plan(policy, config, gpus, audio_seconds=30):
     """→ bytes by name on each of `gpus` training GPUs, and sizes_of.
 
     Sharded: fp32 master weights, fp32 gradients and AdamW's two moments of what is trained, frozen
-    weights in bf16 (of a folder in bf16), and the bf16 reference. Gathered in bf16: the unit in use
+    weights (in bf16 if the folder is), and the bf16 reference. Gathered in bf16: the unit in use
     and the next one, and the root units (embeddings, lm_head) all the time. Activations: the inputs
     of all layers (checkpointing keeps no more) and the inside of one layer, while it is recomputed.
     The frozen audio tower runs before the updates and keeps nothing.
@@ -110,11 +114,12 @@ def plan(policy, config, gpus, audio_seconds=30):
     activations = s.layers * layer
     if config.gradient_checkpointing:
         activations = 2 * s.tokens * s.hidden * s.layers + layer
-    mass = 4 * 4 * s.tokens * s.heads * min(MASS_ROWS, config.max_new_tokens)  # z, α, dz …, fp32
+    mass_rows = attention.mass_rows(torch.device("cuda"))
+    mass = 4 * 4 * s.tokens * s.heads * min(mass_rows, config.max_new_tokens)  # z, α, dz …, fp32
     no_reference = config.lora_rank > 0  # the policy without its adapters
     return {
         "trained weights, fp32, sharded": 4 * s.trained_shard,
-        "frozen weights, bf16, sharded": 2 * (s.shard - s.trained_shard),
+        "frozen weights, sharded": s.frozen_width * (s.shard - s.trained_shard),
         "gradients, fp32, sharded": 4 * s.trained_shard,
         "AdamW, fp32, sharded": 8 * s.trained_shard,
         "reference, bf16, sharded": 0 if no_reference or config.offload_reference else 2 * s.shard,
@@ -134,8 +139,7 @@ def host_memory(s, config):
     Rank 0 loads the whole weights and sends them tensor by tensor; later it holds what all hold. In
     a push each rank holds one file of its part of the export.
     """
-    frozen = config.freeze_audio_tower or config.lora_rank
-    embeddings = 2 * s.questions * s.audio * s.hidden if frozen else 0
+    embeddings = s.embeddings if config.audio_tower_is_frozen else 0
     reference = 2 * s.shard if config.offload_reference and not config.lora_rank else 0
     share = min(2 * s.exported / s.gpus, FILE_BYTES)
     kept = share + embeddings + reference
@@ -148,8 +152,8 @@ def host_memory(s, config):
 
 def disk(s, config):
     """→ bytes by name under output_dir."""
-    frozen = config.freeze_audio_tower or config.lora_rank  # the batch then holds embeddings
-    clips = s.questions * (2 * s.audio * s.hidden if frozen else s.audio_seconds * MEL_BYTES)
+    mel = s.questions * s.audio_seconds * MEL_BYTES
+    clips = s.embeddings if config.audio_tower_is_frozen else mel  # what the saved batch holds
     state = 12 * s.trained + clips if config.save_every else 0
     push = 2 * s.exported if config.rollout == "vllm" else 0
     parts = {"two states, and a third while it is written": 3 * state,
@@ -333,8 +337,8 @@ def main(arguments):
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    print_plan(*plan(policy, config, options.gpus, options.audio_seconds), config, options)
-    return 0
+    fits = print_plan(*plan(policy, config, options.gpus, options.audio_seconds), config, options)
+    return 0 if fits else 1
 
 
 if __name__ == "__main__":

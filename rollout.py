@@ -5,10 +5,10 @@
     completions = sample(policy, prompts, G, sampling, seed=0, server=server)  # on vLLM, server.py
     push_weights(server, policy, "runs/weights", version=4)                    # after an update
 
-In this process, each prompt runs once; its keys and values are then
-repeated for the G samples. A vLLM server (the paper's way) receives the audio with each question,
-and the policy's weights after each update. We check its answers: the token ids of its prompts must
-equal ours, and so, after a push, must the log-probs of its samples (`check_push`).
+In this process, each prompt runs once; its keys and values are then repeated for the G samples. A
+vLLM server (the paper's way) receives the audio with each question, and the policy's weights after
+each update. We check its answers: the token ids of its prompts must equal ours, and so, after a
+push, must the log-probs of its samples (`check_push`).
 """
 
 import base64
@@ -119,7 +119,7 @@ def encode_prompts(questions, run):
     # All ranks run the same forwards: those without a question of their own repeat the last one.
     places = [min(number * team.size + team.rank, len(questions) - 1) for number in range(rounds)]
     prompts = [policy.encode(questions[place], config.instruction) for place in places]
-    if config.freeze_audio_tower or config.lora_rank:
+    if config.audio_tower_is_frozen:
         policy.eval()
         parts = [prompts[i:i + ENCODED_AT_ONCE] for i in range(0, rounds, ENCODED_AT_ONCE)]
         prompts = [prompt for part in parts
@@ -377,22 +377,21 @@ def push_weights(server, policy, folder, version, team=Team()):
 
 
 @torch.no_grad()
-def check_push(server, policy, prompts, *, temperature, max_gap, seed,
-               broadcast=lambda value: value):
+def check_push(server, policy, prompts, *, temperature, max_gap, seed, team=Team()):
     """mean |log π_server(y_t) − log π_θ(y_t)|, nats per token, on one short completion per prompt.
 
     The server samples the completions from its whole distribution, and the policy scores the same
     tokens. This is needed because a server that accepts a push may still hold wrong weights: vLLM
     has reloaded wrong numbers without an error. Raises RolloutError if the mean exceeds `max_gap`.
 
-    Every rank of a sharded policy makes this call. Only rank 0 has a `server`, the others pass
-    None; `broadcast` (Team.broadcast) gives them rank 0's completions.  (ours)
+    Every rank of a sharded policy makes this call with its `team`. Only rank 0 has a `server`, the
+    others pass None and get rank 0's completions.  (ours)
     """
     completions = None
     if server is not None:
         sampling = Sampling(temperature=temperature, max_new_tokens=CHECK_TOKENS)
         completions = sample(policy, prompts, 1, sampling, seed=seed, server=server)
-    completions = broadcast(completions)
+    completions = team.broadcast(completions)
     policy.eval()
     batch = policy.collate(prompts, [c.token_ids for c in completions])
     trainer = policy(batch, temperature).logp.cpu()[batch.completion_mask]  # [tokens]

@@ -380,7 +380,7 @@ def update_server(run, iteration, prompts):
     due = run.checks == 1 or iteration % config.check_push_every == 0
     if run.checks == 0 or changed and due:
         check_push(run.server, run.policy, prompts[:4], temperature=config.temperature,
-                   max_gap=config.max_push_gap, seed=config.seed, broadcast=team.broadcast)
+                   max_gap=config.max_push_gap, seed=config.seed, team=team)
         run.checks += 1
     return time.perf_counter() - started
 

@@ -59,7 +59,7 @@ def omni_3b_config():
             num_attention_heads=16, num_key_value_heads=2, max_position_embeddings=32768,
             rope_parameters=dict(rope_type="default", rope_theta=1000000.0,
                                  mrope_section=[16, 24, 24])),
-        audio_token_id=151646)
+        audio_token_id=151646, dtype="bfloat16")
 
 
 def audio_7b_config():
@@ -72,4 +72,4 @@ def audio_7b_config():
             model_type="qwen2", vocab_size=156032, hidden_size=4096, intermediate_size=11008,
             num_hidden_layers=32, num_attention_heads=32, num_key_value_heads=32,
             max_position_embeddings=8192),
-        audio_token_id=151646)
+        audio_token_id=151646, dtype="bfloat16")
