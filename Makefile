@@ -25,7 +25,7 @@ vllm: .venv-vllm/installed
 	PYTHON=$(PYTHON) .ci/vllm-env
 	touch .venv-vllm/installed
 
-# Takes about 15 minutes on 2 cores and prints the tables of docs/benchmarks.md.
+# Takes about 13 minutes on 2 cores and prints the tables of docs/benchmarks.md.
 bench: .venv-bench/installed
 	for question in logprobs mass padding pos step tower trl_step scaling; do \
 		TQDM_DISABLE=1 PYTHONWARNINGS=ignore .venv-bench/bin/python bench/$$question.py || exit 1; done

@@ -162,14 +162,14 @@ def save_checkpoint(policy, folder, team):
     """
     if policy.model is not policy.base:
         adapter = folder.with_name(folder.name.replace("checkpoint", "adapter"))
-        with _replacing(adapter, team) as building:
+        with replacing(adapter, team) as building:
             save_adapter(policy, building, team)
-    with _replacing(folder, team) as building:
+    with replacing(folder, team) as building:
         save_policy(policy, building, team)
 
 
 @contextlib.contextmanager
-def _replacing(folder, team):
+def replacing(folder, team):
     """→ a folder beside `folder`, which takes its place when it is whole. A link is followed."""
     folder = folder.resolve()
     building = folder.with_name(f".{folder.name}.writing")

@@ -30,10 +30,9 @@ from transformers import (LogitsProcessorList, RepetitionPenaltyLogitsProcessor,
                           TopKLogitsWarper, TopPLogitsWarper)
 
 from balance import micro_batches_by_tokens, rows_of_rank
-from checkpoint import save_policy
+from checkpoint import replacing, save_policy
 from data import SAMPLE_RATE, conversation
 from distributed import Team
-from export import together
 from model import Batch, positions
 from server import RolloutError
 
@@ -361,14 +360,12 @@ def push_weights(server, policy, folder, version, team=Team()):
     save_policy raises.
     """
     folder = Path(folder).resolve()
-    building, final = folder / f".version-{version}.writing", folder / f"version-{version}"
+    final = folder / f"version-{version}"
     if team.leads:
-        for leftover in (*folder.glob(".version-*.writing"), final):
+        for leftover in folder.glob(".version-*.writing"):  # of pushes that were killed
             shutil.rmtree(leftover, ignore_errors=True)
-    save_policy(policy, building, team)
-    with together(team):
-        if team.leads:
-            building.rename(final)
+    with replacing(final, team) as building:
+        save_policy(policy, building, team)
     if team.leads:
         server.load(final, version)
         for older in folder.glob("version-*"):
