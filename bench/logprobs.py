@@ -72,9 +72,9 @@ def prepare(size, dtype, device, name):
     function = function_of(name)
 
     def forward_and_backward():
-        hidden.grad = head.weight.grad = None
         logp, _ = function(hidden, head, ids)
         logp.backward(upstream)
+        hidden.grad = head.weight.grad = None  # so that each round starts without them
     return forward_and_backward
 
 
