@@ -37,6 +37,8 @@ def timed(seconds, name):
     """Adds the wall time of the block to seconds[name]."""
     started = time.perf_counter()
     yield
+    if torch.cuda.is_initialized():  # its kernels may still run
+        torch.cuda.synchronize()
     seconds[name] += time.perf_counter() - started
 
 

@@ -119,12 +119,7 @@ def open_inputs(config, team):
         frozen = fill(shard(frozen.requires_grad_(False), team, team.dtype), whole, team).eval()
     if team.leads:
         set_trainable(whole, config)
-    policy = set_trainable(load_policy(config.model, meta=True), config)
-    if policy.saved_dtype == team.dtype:
-        # Frozen weights need no fp32 masters: bf16 is what the folder holds and what is gathered.
-        for p in policy.parameters():
-            if not p.requires_grad:
-                p.data = p.data.to(team.dtype)
+    policy = narrow_frozen(set_trainable(load_policy(config.model, meta=True), config), team)
     policy = fill(shard(policy, team, team.dtype), whole, team)
     return questions, eval_questions, policy, make_reference(policy, config, frozen)
 
@@ -279,6 +274,18 @@ def set_trainable(policy, config):
         # transformers makes the inputs of all parts require gradients, which only reentrant
         # checkpointing needs. The backward would run through the frozen encoders.
         policy.base.disable_input_require_grads()
+    return policy
+
+
+def narrow_frozen(policy, team):
+    """Frozen weights need no fp32 masters: bf16 is what the folder holds and what is gathered.
+
+    → policy, changed in place
+    """
+    if policy.saved_dtype == team.dtype:
+        for p in policy.parameters():
+            if not p.requires_grad:
+                p.data = p.data.to(team.dtype)
     return policy
 
 

@@ -92,7 +92,8 @@ def algorithm_1(run, log, bar):
             warn_if_nothing_is_learnt(batch, iteration, run)
         last_step = min((iteration + 1) * config.steps_per_generation, config.max_steps)
         for step in range(run.steps_done + 1, last_step + 1):
-            metrics, per_token = update(batch, rows_of_step(step, config), step, run)  # lines 5–12
+            with timed(batch.seconds, "update"):
+                metrics, per_token = update(batch, rows_of_step(step, config), step, run)  # 5 to 12
             log_step(step, metrics, per_token, batch, run, log, bar)
             run.schedule.step()
             run.steps_done = step
@@ -254,7 +255,6 @@ def update(batch, rows, step, run):
     for any micro-batches and number of ranks.
     """
     config, policy, team = run.config, run.policy, run.team
-    started = time.perf_counter()
     # transformers checkpoints in training mode only. The modes are equal: dropout is 0.
     policy.train(config.gradient_checkpointing)
     run.optimizer.zero_grad(set_to_none=True)
@@ -289,7 +289,6 @@ def update(batch, rows, step, run):
         raise not_finite(f"the gradient norm is {grad_norm.item()}", batch, rows)
     run.optimizer.step()  # line 12
     means, per_token = metrics.merged()
-    batch.seconds["update"] = time.perf_counter() - started
     return {**means, **batch_metrics(batch, rows, config), "grad_norm": grad_norm.item()}, per_token
 
 

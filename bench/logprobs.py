@@ -42,19 +42,20 @@ def main():
     on_gpu = flags.device == "cuda"
     print(f"{measure.machine(flags.threads, 'trl', 'verl')}, medians of {flags.rounds} "
           "interleaved rounds\n")
+    arms = [name for name in ARMS if is_installed(name)]
     chosen = [(256, torch.float32), (2048, torch.float32), (2048, torch.bfloat16)]
     if flags.dtype:
         chosen = [(size, getattr(torch, flags.dtype)) for size in (256, 2048)]
     for size, dtype in chosen:
         torch.set_num_threads(flags.threads)
-        wrong = errors(size, dtype, flags.device)
-        result = measure.compare(ARMS, partial(prepare, size, dtype, flags.device), flags.rounds,
+        wrong = errors(arms, size, dtype, flags.device)
+        result = measure.compare(arms, partial(prepare, size, dtype, flags.device), flags.rounds,
                                  flags.threads, flags.device, once=RUN_ONCE)
         gradients = (ROWS + VOCABULARY) * size * dtype.itemsize
         seconds = {name: values["seconds"] for name, (values, _) in result.items()}
         peaks = {name: max(0, peak - gradients) / 2**20 for name, (_, peak) in result.items()}
         rows = []
-        for name in ARMS:
+        for name in arms:
             row = [name, f"{seconds[name]:.3g}", f"{seconds[name] / seconds['naive']:.2f}",
                    f"{peaks[name]:.0f}", f"{peaks[name] / peaks['naive']:.3f}",
                    *(f"{error:.0e}" for error in wrong[name])]
@@ -72,9 +73,9 @@ def prepare(size, dtype, device, name):
     function = function_of(name)
 
     def forward_and_backward():
-        hidden.grad = head.weight.grad = None
         logp, _ = function(hidden, head, ids)
         logp.backward(upstream)
+        hidden.grad = head.weight.grad = None  # so that each round starts without them
     return forward_and_backward
 
 
@@ -111,13 +112,25 @@ def function_of(name):
         from trl.kernels import ChunkedLogProbFunction
         return lambda hidden, head, ids: ChunkedLogProbFunction.apply(
             hidden, head.weight, None, ids, TEMPERATURE, 32768, None, 1.0, ("entropy",))[:2]
-    folder = importlib.util.find_spec("verl").submodule_search_locations[0]
+    if (package := importlib.util.find_spec("verl")) is None:
+        raise ModuleNotFoundError("no verl")
+    folder = package.submodule_search_locations[0]
     spec = importlib.util.spec_from_file_location(
         "fused", f"{folder}/utils/experimental/torch_functional.py")
     fused = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fused)
     return lambda hidden, head, ids: fused.FusedLinearForPPOFunction.apply(
         hidden, head.weight, ids, TEMPERATURE, 512)
+
+
+def is_installed(name):
+    """Can the function of an arm be imported? Prints why not."""
+    try:
+        function_of(name)
+    except ImportError as error:
+        print(f"{name}: left out ({str(error).splitlines()[0]}); see bench/requirements.txt\n")
+        return False
+    return True
 
 
 def naive(hidden, head, ids):
@@ -132,7 +145,7 @@ def naive(hidden, head, ids):
 # ──────── errors ────────
 
 
-def errors(size, dtype, device):
+def errors(arms, size, dtype, device):
     """name → largest errors of logp, entropy, gradient of the states, gradient of the weight."""
     hidden, head, ids, upstream = inputs(size, dtype, device, 64)
 
@@ -144,7 +157,7 @@ def errors(size, dtype, device):
     exact = results(naive, hidden.detach().double().requires_grad_(), copy.deepcopy(head).double())
     scales = [1, 1, exact[2].abs().max(), exact[3].abs().max()]
     return {name: [((a - b).abs_().max() / scale).item() for a, b, scale in zip(
-        results(function_of(name), hidden, head), exact, scales)] for name in ARMS}
+        results(function_of(name), hidden, head), exact, scales)] for name in arms}
 
 
 if __name__ == "__main__":

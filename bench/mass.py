@@ -77,12 +77,12 @@ def prepare(keys, dtype, device, name):
     function = FUNCTIONS[name]
 
     def forward_and_backward():
-        q.grad = k.grad = v.grad = None
         output, mass = function(q, k, v, audio)
         if mass is None:
             output.backward(upstream)
         else:
             torch.autograd.backward([output, mass], [upstream, upstream_mass.to(mass.dtype)])
+        q.grad = k.grad = v.grad = None  # so that each round starts without them
     return forward_and_backward
 
 

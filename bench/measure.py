@@ -60,7 +60,10 @@ def compare(arms, prepare, rounds, threads, device="cpu", once=()):
 def _run_arm(pipe, prepare, name, threads, device):
     """The process of one arm."""
     torch.set_num_threads(threads)
+    torch.backends.cuda.enable_cudnn_sdp(False)  # as in a run, see checkpoint.make_policy
     function = prepare(name)
+    if device == "cuda":
+        function()  # the first call also loads kernels and makes the handles of cuBLAS
     pipe.send("prepared")
     while pipe.recv() == "run":
         if device == "cuda":

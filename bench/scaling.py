@@ -9,7 +9,7 @@ slope of a straight line through the logarithms.
 
 Ranks: `train.py recipes/toy_late.yaml` on the toy's questions and untrained model, by torchrun on
 gloo with one thread per rank. Times are medians over the steps after the first; memory is that of
-the largest process.
+the largest process. This part runs on the CPU alone: NCCL refuses two ranks on one GPU.
 
 Prompt of a group: 4 prompts of 512 tokens, G = 8, 16 new tokens. Each prompt is prefilled once for
 its group, or once per completion.
@@ -53,7 +53,8 @@ def main():
     growth("T, 2 completions", LENGTHS, [(1, 2, length) for length in LENGTHS], flags)
     growth("G, 2 prompts, T = 128", GROUPS, [(2, group, 128) for group in GROUPS], flags)
     prefill(flags)
-    ranks()
+    if flags.device == "cpu":
+        ranks()
 
 
 # ──────── T and G ────────
@@ -96,6 +97,7 @@ def prepare_step(device, dtype, size):
     reward = torch.arange(total).remainder(2).float()
     batch.rewards = dict.fromkeys(("accuracy", "format", "consistency", "total"), reward)
     batch.advantages = group_advantages(reward, group, config.advantage_eps)
+    batch.unreadable = [False] * total
     batch.pos_gates, batch.pos_fallbacks = [[1] * length] * total, [0] * total
 
     def passes_and_update():
@@ -161,7 +163,7 @@ def ranks():
                  "--data", str(folder / "world" / "train.jsonl"), "--output_dir", str(out),
                  "--max_steps", "8"],
                 check=True, stdout=subprocess.PIPE, text=True,
-                env={**os.environ, "OMP_NUM_THREADS": "1"})
+                env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
             steps = [json.loads(line) for line in open(out / "metrics.jsonl", encoding="utf-8")]
             passes = sum(steps[4][f"seconds_{name}"]  # those of the second generation batch
                          for name in ("old", "reference", "text_reference"))

@@ -85,7 +85,7 @@ class TextPolicy(Policy):
         model.config.audio_token_id = 2  # a token that the sampler bans
         super().__init__(model, word_tokenizer(), None)
 
-    def _pad_features(self, prompts, ids):
+    def _audio(self, prompts, ids):
         return {}
 
 
@@ -122,6 +122,7 @@ def ours():
         batch.advantages = group_advantages(reward, GROUP, config.advantage_eps)
         batch.pos_gates = [[1] * len(c.token_ids) for c in completions]  # GRPO does not use them
         batch.pos_fallbacks = [0] * len(completions)
+        batch.unreadable = [False] * len(completions)
         train.reference_passes(batch, run)
         # The steps of the second iteration: the first step of a run always measures a_t.
         for step in range(STEPS + 1, 2 * STEPS + 1):
