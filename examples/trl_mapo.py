@@ -23,8 +23,8 @@ What differs from train.py:
     - A completion that TRL empties (mask_truncated_completions) counts as 0 in the mean over
       completions, as in TRL. In mapo.py it does not count.
     - Completions come from transformers' generate: no vLLM. No PEFT, no images.
-TRL itself does not pass audio to a model. The methods below do, one clip per prompt. They were run
-with Qwen2-Audio's class.
+TRL itself does not pass audio to a model. The methods below do, one clip per prompt.
+Tested on CPUs in fp32, one process, with tiny models of the Qwen3 and Qwen2-Audio classes.
 """
 
 from pathlib import Path
@@ -43,7 +43,8 @@ from pos_gate import pos_gate_batch
 NEEDED = {"loss_type": "grpo", "importance_sampling_level": "token", "delta": None,
           "use_bias_correction_kl": False, "epsilon_high": None, "top_entropy_quantile": 1.0,
           "off_policy_mask_threshold": None, "entropy_coef": 0.0, "use_adaptive_entropy": False,
-          "sync_ref_model": False, "use_vllm": False, "use_transformers_continuous_batching": False}
+          "sync_ref_model": False, "use_vllm": False, "use_transformers_continuous_batching": False,
+          "remove_unused_columns": False}
 
 
 class MapoTrainer(GRPOTrainer):
@@ -66,12 +67,15 @@ class MapoTrainer(GRPOTrainer):
                           outputs=("log_probs", "entropy"))
         if self.audio_token_id is not None:  # a sampled placeholder would ask for another clip
             kinds = (getattr(config, f"{k}_token_id", None) for k in ("audio", "image", "video"))
-            banned = [token for token in kinds if token is not None]
-            self.generation_config.suppress_tokens = banned
-            self.generation_kwargs["suppress_tokens"] = banned
+            self.generation_config.suppress_tokens = [
+                *(self.generation_config.suppress_tokens or []),
+                *(token for token in kinds if token is not None)]
         if self.mapo.eta > 0:
             layers = config.get_text_config().num_hidden_layers
             self.target_layers = tuple(target_layers or range(max(0, layers - 5), layers))
+            if not set(self.target_layers) <= set(range(layers)):
+                raise ValueError(f"target_layers is {self.target_layers}: the model has the layers "
+                                 f"0 to {layers - 1}")
             self.model.set_attn_implementation({"text_config": "audio_mass"})
             # The forward that TRL patched drops the decoder's attentions, which are the masses.
             self.model.base_model.register_forward_hook(

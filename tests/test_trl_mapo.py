@@ -240,6 +240,14 @@ def test_micro_batches_of_a_step_add_up(audio):
     assert abs(sum(losses) - whole) < 1e-6 and largest_difference(grad, whole_grad) < 1e-5
 
 
+def test_placeholders_are_not_sampled(audio):
+    trainer = make(audio, {"eta": 0})
+    head, placeholder = trainer.model.lm_head.weight, trainer.audio_token_id
+    with torch.no_grad():  # about every second token would be one
+        head[placeholder] = 50 * head[placeholder + 5]
+    assert not (generation_batch(trainer, audio)["completion_ids"] == placeholder).any()
+
+
 # ──────── training ────────
 
 
@@ -313,7 +321,9 @@ def test_settings_that_trl_already_has(text):
         make(text, {"eta": 0, "beta": 0.1})
 
 
-def test_audio_needs_clips(audio):
+def test_audio_needs_clips_and_layers(audio):
+    with pytest.raises(ValueError, match="target_layers is .2, 3.: .* has the layers 0 to 2"):
+        make(audio, {}, target_layers=(2, 3))
     with pytest.raises(ValueError, match="feature_extractor is missing"):
         make(audio, {}, feature_extractor=None)
     world = {**audio, "rows": [{k: v for k, v in r.items() if k != "audio"}
