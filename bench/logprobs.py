@@ -10,7 +10,7 @@ the weight; the entropy has none.
     TRL, functions   logits, then selective_log_softmax and entropy_from_logits
     TRL, chunked     ChunkedLogProbFunction with blocks of 32,768 columns, as in TRL's trainer
     verl, fused      FusedLinearForPPOFunction with blocks of 512 rows; only its file is loaded,
-                     because verl itself needs Ray and an older transformers
+                     because importing verl takes seconds (it imports Ray)
 
 The error is the largest difference from float64 on 64 of the rows; gradients are relative to the
 largest value. Memory is the peak beyond inputs and gradients, which all arms have. Each arm runs in

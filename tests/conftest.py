@@ -9,7 +9,8 @@ import torch
 from hypothesis import settings
 
 HERE = Path(__file__).resolve().parent
-sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "infra"), str(HERE.parent / "vllm_plugin")]
+sys.path[:0] = [str(HERE.parent), str(HERE), str(HERE / "infra"), str(HERE.parent / "vllm_plugin"),
+                str(HERE.parent / "examples")]
 torch.set_num_threads(1)
 # What data.check_clips keeps goes there, and not into the user's own folder.
 CACHE = tempfile.TemporaryDirectory()

@@ -6,8 +6,9 @@ import numpy as np
 import soundfile
 import torch
 from transformers import (Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration,
-                          Qwen2AudioConfig, Qwen2AudioForConditionalGeneration,
-                          Qwen3OmniMoeThinkerForConditionalGeneration, WhisperFeatureExtractor)
+                          Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen3Config,
+                          Qwen3ForCausalLM, Qwen3OmniMoeThinkerForConditionalGeneration,
+                          WhisperFeatureExtractor)
 
 import toy
 from checkpoint import make_policy, save_policy
@@ -97,6 +98,15 @@ def qwen2_audio(seed=0, dtype=torch.float32):
         audio_token_index=audio_pad, audio_token_id=audio_pad)
     model = Qwen2AudioForConditionalGeneration(config).to(dtype)
     return make_policy(model, tokenizer, WhisperFeatureExtractor(feature_size=128))
+
+
+def qwen3(tokenizer, seed=0):
+    """A language model without audio, for the adapters of examples/."""
+    torch.manual_seed(seed)
+    return Qwen3ForCausalLM(Qwen3Config(
+        **TEXT, head_dim=8, vocab_size=len(tokenizer), tie_word_embeddings=False,
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=None)).eval()
 
 
 # Sizes that Qwen2.5-Omni and Qwen2-Audio share.
