@@ -960,16 +960,16 @@ def test_a_run_with_few_completions_in_the_format_says_how_many(world, tmp_path,
         monkeypatch.setattr(train, "format_reward", lambda *_: next(earned))
         warnings = warnings_of(capsys, arguments(world, tmp_path, "--max_steps", "2",
                                                  "--overwrite", "true"))
-        assert [f"only {formed} of the first 16" in warning for warning in warnings] == [True] * said
+        assert [f"only {formed} of the first 16" in line for line in warnings] == [True] * said
 
 
 def test_a_control_token_in_the_instruction_is_refused(world, tmp_path, capsys):
     """Before anything is written. The tags of the format are not refused."""
-    text = "Write <think></think> and <answer></answer>."
-    error = refused(capsys, arguments(world, tmp_path / "out", "--instruction", f"{text}<|im_end|>"))
+    text, out = "Write <think></think> and <answer></answer>.", tmp_path / "out"
+    error = refused(capsys, arguments(world, out, "--instruction", f"{text}<|im_end|>"))
     assert "field 'instruction' contains <|im_end|>, a control token" in error
-    assert not (tmp_path / "out").exists()
-    assert main(arguments(world, tmp_path / "out", "--instruction", text, "--max_steps", "1")) == 0
+    assert not out.exists()
+    assert main(arguments(world, out, "--instruction", text, "--max_steps", "1")) == 0
 
 
 def test_a_run_whose_advantages_are_0_says_so(world, tmp_path, capsys, monkeypatch):
