@@ -216,8 +216,9 @@ def test_the_gate_agrees_with_nltk_on_long_completions(policy):
 
 
 def test_the_gate_does_not_depend_on_the_flags_of_the_tags(policy, special_policy):
-    batch = [encode(policy, text) for text in COMPLETIONS]
-    assert batch == [encode(special_policy, text) for text in COMPLETIONS]
+    texts = [*COMPLETIONS, "<think>of a dog</think>dog of"]  # a tag ends a word
+    batch = [encode(policy, text) for text in texts]
+    assert batch == [encode(special_policy, text) for text in texts]
     assert pos_gate_batch(batch, policy.tokenizer) == pos_gate_batch(batch,
                                                                      special_policy.tokenizer)
 
