@@ -41,7 +41,7 @@ COMPLETIONS = (HERE / "completions.txt").read_text(encoding="utf-8").split("%%%%
 PATTERN = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*"
            r"|\s*[\r\n]+|\s+(?!\S)|\s+")
 TEXTS = COMPLETIONS + [
-    "", " ", "\n", "\r\n\r\n \t x", "a  b   c    ", "I'm, you'RE, they'LL'd; it’s 'Stop",
+    "", " ", "\n", "\r\n\r\n \t x", "a  b   c    ", "I'm, you'RE, they'LL'd; it’s it'Stop",
     "1234567890 3.14", "cafe\u0301 = café, A\u030a = Å, q\u0307\u0323",
     "\u1112\u1161\u11ab 한 ﬁ ² Ⅷ ｆｕｌｌ", "👩🏽\u200d🚀 🇧🇷 ❤\ufe0f", "ไทย हिन्दी العربية",
     "中文，没有空格。日本語です\u3000", "\u200b\u00a0\u2028x\u0000\ufeff",
