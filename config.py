@@ -246,6 +246,29 @@ def read_config(arguments, description=None):
         raise InputError(f"config: {error}") from error
 
 
+def ask_as_in_training(options):
+    """Fills options.instruction and options.format_style, where they are None, and prints them.
+
+    They are those of the run that wrote the checkpoint options.model, if its config.yaml is beside
+    the checkpoint, else "" and "think". Several models (a dict) are asked alike. Raises InputError
+    if their runs differ.
+    """
+    fields = {"instruction": "", "format_style": "think"}
+    missing = [name for name in fields if getattr(options, name) is None]
+    models = options.model.values() if isinstance(options.model, dict) else [options.model]
+    files = [Path(os.path.abspath(folder)).parent / "config.yaml" for folder in models
+             if re.fullmatch(r"checkpoint(-\d+)?", Path(os.path.abspath(folder)).name)]
+    told = {file: fields | read_recipe(file) for file in files if missing and file.is_file()}
+    for name in missing:
+        values = {run[name] for run in told.values()} or {fields[name]}
+        if len(values) > 1:
+            raise InputError(f"--model: the runs of these checkpoints have {len(values)} values of "
+                             f"{name}; give --{name}")
+        setattr(options, name, values.pop())
+        if getattr(options, name) != fields[name]:
+            print(f"{next(iter(told))}: {name} {getattr(options, name)!r}, as in training")
+
+
 def read_recipe(path):
     """Yaml file of fields → dict. Raises InputError naming the file and the unknown key."""
     if not os.path.isfile(path):

@@ -35,6 +35,7 @@ from transformers.utils import logging as transformers_logging
 
 from benchmarks import BENCHMARKS, question_of, read_benchmark, read_predictions
 from checkpoint import load_policy
+from config import ask_as_in_training
 from data import InputError, read_avqa, read_questions, write_whole
 from diagnostics import acs_command, batches, claim, load, pos_command, trace_command
 from hide import hide_command
@@ -394,8 +395,9 @@ def read_options(arguments):
 
 
 def _add_generation(sub, batch_size, styles):
-    sub.add_argument("--instruction", default="", help="text after the options, as in training")
-    sub.add_argument("--format_style", default="think", choices=styles)
+    sub.add_argument("--instruction", help="text after the options (default: as in the run that "
+                                           "wrote the checkpoint --model, else none)")
+    sub.add_argument("--format_style", choices=styles, help="default: as in that run, else think")
     sub.add_argument("--max_new_tokens", type=int, default=2048)
     sub.add_argument("--batch_size", type=int, default=batch_size,
                      help="questions at a time (default %(default)s)")
@@ -421,6 +423,8 @@ def main(arguments):
     try:
         if options.out:
             check_writable(Path(options.out), f"--out {options.out}")
+        if "instruction" in options:
+            ask_as_in_training(options)
         options.run_command(options)
     except (InputError, LookupError) as error:
         if type(error) not in (InputError, LookupError):  # a KeyError is a bug of ours

@@ -28,6 +28,7 @@ from rewards import accuracy_reward, format_reward, think_is_prefilled
 from rollout import Sampling, push_weights, sample
 
 FILES = ("metrics.jsonl", "completions.jsonl", "evaluation.jsonl")
+FEW = 0.1  # share of the first generation batch in the right format, below which we warn (ours)
 FLAT_BATCHES = 3  # generation batches in a row whose advantages are all 0, before a warning (ours)
 MASS_METRICS = ("audio_mass_max", "audio_mass_max_late", "audio_mass_mean", "audio_mass_mean_late")
 
@@ -191,19 +192,21 @@ def log_step(step, metrics, per_token, batch, run, log, bar):
 def warn_if_nothing_is_learnt(batch, iteration, run):
     """Prints a warning with one completion, on rank 0, when the run cannot learn.  (ours)
 
-    That is so when no completion of the run's first generation batch earns the format reward, or
-    when all advantages of FLAT_BATCHES generation batches in a row are 0. After a resume the count
-    starts at 0.
+    That is likely when fewer than FEW of the run's first completions earn the format reward, and
+    certain when all advantages of FLAT_BATCHES generation batches in a row are 0. After a resume
+    the count starts at 0.
     """
     config, rewards = run.config, batch.rewards
     run.flat_batches = run.flat_batches + 1 if (batch.advantages.abs() < 1e-6).all() else 0
     cut = sum(c.finish_reason == "length" for c in batch.completions)
+    formed, count = int((rewards["format"] > 0).sum()), len(batch.completions)
     said = []
-    if iteration == 0 and config.reward_weights[1] != 0 and not rewards["format"].any():
-        said.append("no completion of the first generation batch earned the format reward. Likely "
-                    "causes: no instruction describes the format (--instruction); another "
-                    f"--format_style than {config.format_style}; --max_new_tokens "
-                    f"{config.max_new_tokens} ({cut} of {len(batch.completions)} were cut off)")
+    if iteration == 0 and config.reward_weights[1] != 0 and formed < FEW * count:
+        said.append(f"only {formed} of the first {count} completions earned the format reward; "
+                    f"{config.output_dir}/completions.jsonl has them. Likely causes: no "
+                    "--instruction describes the format, as the one in recipes/instruct.yaml does; "
+                    f"another --format_style than {config.format_style}; --max_new_tokens "
+                    f"{config.max_new_tokens} ({cut} were cut off)")
     if run.flat_batches == FLAT_BATCHES:
         said.append(f"all advantages of {FLAT_BATCHES} generation batches in a row were 0: the "
                     "completions of each question earned equal rewards, so nothing was learnt. "

@@ -18,7 +18,9 @@ is computed beside it, in the target layers only (attention.py).
 """
 
 import dataclasses
+import re
 from dataclasses import dataclass
+from functools import cached_property
 from typing import NamedTuple
 
 import torch
@@ -147,8 +149,13 @@ class Policy(torch.nn.Module):
         """Question → Prompt: chat template, log-mel features, placeholders.
 
         The template renders one placeholder per clip, which is repeated for each audio token.
-        Raises InputError when it renders another number of them, and as data.load_clip does.
+        Raises InputError when it renders another number of them, for a control token in the texts,
+        and as data.load_clip does.
         """
+        try:
+            self.refuse_control_tokens(question, instruction)
+        except InputError as error:
+            raise InputError(f"question {question.id}: {error}") from error
         model_type = self.base.config.model_type
         features, frames = zip(*(log_mel(self.load_clip(path), self.feature_extractor, model_type)
                                  for path in question.audio))
@@ -185,6 +192,26 @@ class Policy(torch.nn.Module):
     def audio_tokens(self, prompt):
         """How many placeholders the clips of a prompt need."""
         return sum(audio_token_count(n, self.base.config.model_type) for n in prompt.frames)
+
+    def refuse_control_tokens(self, question, instruction=""):
+        """Raises InputError where a text contains what the tokenizer reads as a control token.
+
+        Chat templates do not escape the texts. An instruction may name the format tags.
+        """
+        texts = {"question": question.question, "choices": "\n".join(question.choices),
+                 "instruction": FORMAT_TAG.sub(" ", instruction)}
+        for name, text in texts.items():
+            if found := self.control_tokens.search(text):
+                raise InputError(f"field {name!r} contains {found[0]}, a control token of the "
+                                 "tokenizer; remove it")
+
+    @cached_property
+    def control_tokens(self):
+        """A pattern of the special tokens, the placeholders, and added tokens such as <think>."""
+        texts = {*filter(None, self.tokenizer.convert_ids_to_tokens(self.placeholder_ids)),
+                 *(token.content for token in self.tokenizer.added_tokens_decoder.values()
+                   if token.special or re.fullmatch("<.+>", token.content))}
+        return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
 
     def _render(self, question, instruction, with_audio):
         messages = conversation(question, with_audio, instruction)

@@ -12,7 +12,6 @@ import hashlib
 import importlib.util
 import json
 import math
-import re
 import signal
 import threading
 import time
@@ -172,21 +171,21 @@ def read_inputs(config):
     eval_questions = read_questions(config.eval_data) if config.eval_data else []
     torch.manual_seed(config.seed)
     policy = load_policy(config.model)
-    check_policy(policy, [*questions, *eval_questions], config.target_layers)
+    check_policy(policy, [*questions, *eval_questions], config.target_layers, config.instruction)
     return questions, eval_questions, policy
 
 
-def check_policy(policy, questions, target_layers):
+def check_policy(policy, questions, target_layers, instruction=""):
     """Checks the model against the questions before anything is trained or generated.
 
     L_tgt must exist. No question may contain a control token, and its clips must fit the model;
     the bad rows are listed together. For the first question the encoder must make as many audio
-    tokens as the prompt has placeholders. Raises InputError.
+    tokens as the prompt has placeholders. Nor may the instruction contain a control token, other
+    than format tags. Raises InputError.
     """
     audio_token_count(100, policy.base.config.model_type)  # do we know the family?
-    control = _control_tokens(policy)
     raise_bad_rows("the questions", [error for question in questions
-                                     if (error := _misfit(question, policy, control))])
+                                     if (error := _misfit(question, policy))])
     for layer in target_layers:
         if not 0 <= layer < policy.num_layers:
             raise InputError(f"target_layers: {layer} is out of range; the model has layers 0 to "
@@ -195,7 +194,7 @@ def check_policy(policy, questions, target_layers):
         raise InputError(f"target_layers: {list(target_layers)}; give at least one layer, and each "
                          "only once")
     question = questions[0]
-    prompt = policy.encode(question)
+    prompt = policy.encode(question, instruction)
     batch = policy.collate([prompt], [[]]).to(policy.device)
     wanted = policy.audio_tokens(prompt)
     reason = ""
@@ -212,28 +211,13 @@ def check_policy(policy, questions, target_layers):
                          "feature extractor's hop length in the model folder")
 
 
-def _control_tokens(policy):
-    """→ a pattern that finds the texts that the tokenizer turns into control tokens.
-
-    Those are its special tokens, the placeholders, and added tokens such as <think>.
-    """
-    tokenizer = policy.tokenizer
-    texts = {*filter(None, tokenizer.convert_ids_to_tokens(policy.placeholder_ids)),
-             *(token.content for token in tokenizer.added_tokens_decoder.values()
-               if token.special or re.fullmatch("<.+>", token.content))}
-    return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))))
-
-
-def _misfit(question, policy, control):
+def _misfit(question, policy):
     """The InputError of a question that does not fit the model, or None."""
     where = f"{question.where}: " if question.where else ""
     where += f"question {question.id}"
-    for name, texts in (("question", [question.question]), ("choices", question.choices)):
-        if found := control.search("\n".join(texts)):
-            return InputError(f"{where}: field {name!r} contains {found[0]}, a control token of "
-                              "the tokenizer; remove it")
     model_type, tokens = policy.base.config.model_type, 0
     try:
+        policy.refuse_control_tokens(question)
         for clip, samples in zip(question.audio, question.samples):
             tokens += clip_tokens(samples, policy.feature_extractor, model_type, clip)
     except InputError as error:

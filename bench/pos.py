@@ -4,10 +4,12 @@
 
 Input: 192 completions of 500 tokens. That is what one optimizer step of the paper trains on:
 global batch 192, completions of at most 500 tokens. Each completion is made of SENTENCES about
-sounds, whose names are drawn from the words that NLTK's tagger knows. A byte-level BPE of Qwen's
-class, trained on such text, cuts it into tokens.
+sounds, whose names are drawn from the words that NLTK's tagger knows. Qwen's real vocabulary cuts
+it into tokens.
 
-On all cores, the completions are split over processes that have already loaded the tagger.
+The gate is compared with what it replaces: decoding the completion, NLTK's own word tokenizer and
+the same tagger, without finding the tokens of each word. On all cores, the completions are split
+over processes that have already loaded the tagger.
 
 Share of a 30B step: each of the paper's 24 ranks computes the gate of its own completions, on one
 core. The duration of the step is computed, not measured (see `step_seconds`), and leaves out
@@ -17,14 +19,19 @@ generation. The true step is longer, so the true share is smaller.
 import os
 import random
 import statistics
+import sys
+import tempfile
 import time
 from concurrent.futures import ProcessPoolExecutor
 from multiprocessing import get_context
+from pathlib import Path
 
 import measure
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
-from transformers import Qwen2Tokenizer
+from nltk.tokenize import NLTKWordTokenizer
+from transformers import AutoTokenizer
 
+sys.path.append(str(measure.ROOT / "tests"))
+import qwen_vocabulary
 from plan import PROMPT_TEXT
 from pos_gate import load_tagger, pos_gate_batch, tagged_words
 
@@ -67,14 +74,11 @@ def text(number, names):
     return "".join(parts)
 
 
-def build_tokenizer(texts):
-    bpe = Tokenizer(models.BPE())
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = decoders.ByteLevel()
-    bpe.train_from_iterator(texts, trainers.BpeTrainer(
-        vocab_size=8000, show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet()))
-    return Qwen2Tokenizer(tokenizer_object=bpe, eos_token="<|im_end|>", pad_token="<|endoftext|>")
+def real_tokenizer():
+    with tempfile.TemporaryDirectory() as folder:
+        qwen_vocabulary.write_vocabulary(folder)
+        qwen_vocabulary.write_config(Path(folder), template="")
+        return AutoTokenizer.from_pretrained(folder)
 
 
 _tokenizer = None  # one per process, because the gate caches its table of bytes per tokenizer
@@ -91,18 +95,24 @@ def gates_of(completions):
     return pos_gate_batch(completions, _tokenizer)[0]
 
 
+def nltk_words(completions):
+    """The words of each completion and their tags, from NLTK alone."""
+    split = NLTKWordTokenizer().tokenize
+    return [load_tagger().tag(split(_tokenizer.decode(ids))) for ids in completions]
+
+
 def main():
     flags = measure.options(__doc__, rounds=5, device=False).parse_args()
     vocabulary, cores = names(), len(os.sched_getaffinity(0))
     texts = [text(number, vocabulary) for number in range(COMPLETIONS)]
-    tokenizer = build_tokenizer(texts)
+    tokenizer = real_tokenizer()
     completions = [ids[:TOKENS]
                    for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]]
     assert {len(ids) for ids in completions} == {TOKENS}
     start(tokenizer)
     words = sum(len(tagged_words(ids, tokenizer)) for ids in completions)
 
-    one, several = [], []
+    one, several, plain = [], [], []
     parts = [completions[i::cores] for i in range(cores)]
     with ProcessPoolExecutor(cores, get_context("spawn"), start, (tokenizer,)) as pool:
         list(pool.map(gates_of, parts))
@@ -113,13 +123,18 @@ def main():
             started = time.perf_counter()
             list(pool.map(gates_of, parts))
             several.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            nltk_words(completions)
+            plain.append(time.perf_counter() - started)
 
     print(f"{measure.machine(1, 'nltk')}; medians of {flags.rounds} interleaved repeats; "
           f"{words:,} words\n")
-    total, one, several = COMPLETIONS * TOKENS, statistics.median(one), statistics.median(several)
-    measure.table(["POS gate, 192 × 500 tokens", "s", "tokens/s"],
-                  [["1 core", f"{one:.2f}", f"{total / one:,.0f}"],
-                   [f"{cores} cores", f"{several:.2f}", f"{total / several:,.0f}"]])
+    total = COMPLETIONS * TOKENS
+    one, several, plain = map(statistics.median, (one, several, plain))
+    measure.table(["POS gate, 192 × 500 tokens", "s", "tokens/s", "time / NLTK's"],
+                  [[name, f"{s:.2f}", f"{total / s:,.0f}", f"{s / plain:.2f}"]
+                   for name, s in (("1 core", one), (f"{cores} cores", several),
+                                   ("decode, NLTK's words and tags, 1 core", plain))])
     print(f"A step of the 30B model takes {step_seconds():.1f} s (computed). Each of {RANKS} ranks "
           f"gates {total // RANKS:,} tokens in {one / RANKS:.3f} s, "
           f"{100 * one / RANKS / step_seconds():.1f} % of the step.")

@@ -17,12 +17,14 @@ import numpy as np
 import pytest
 import soundfile
 import tiny
+import yaml
 from test_benchmarks import mmar_rows, mmau_pro_rows, mmau_rows, mmsu_rows, write
 from tiny import lines
 
 import evaluate
 from benchmarks import read_benchmark
 from data import InputError
+from model import Policy
 from rollout import Completion
 from scoring import score
 
@@ -350,6 +352,50 @@ def test_whole_texts_as_answers(world, tmp_path, says):
         assert run(*mmau(world, tmp_path, *arguments))[0] == 0
         report = report_of(tmp_path / style)
         assert report["accuracy"] == accuracy and report["without an answer"] == without
+
+
+def test_a_checkpoint_is_asked_as_in_its_training(world, tmp_path, says, monkeypatch):
+    """With the instruction and the format of the run that wrote it, unless flags say otherwise."""
+    rows, told = write_mmau(tmp_path, count=4), "Write <reasoning></reasoning><answer></answer>."
+    says({row["id"]: f"<reasoning>I hear it.</reasoning><answer>{row['answer']}</answer>"
+          for row in rows})
+    checkpoint = shutil.copytree(world / "model", tmp_path / "run" / "checkpoint-4")
+    fields = {"instruction": told, "format_style": "reasoning", "max_steps": 8}
+    (tmp_path / "run" / "config.yaml").write_text(yaml.safe_dump(fields))
+    prompts = []
+    encode = Policy.encode
+    monkeypatch.setattr(Policy, "encode", lambda self, question, instruction="": prompts.append(
+        instruction) or encode(self, question, instruction))
+
+    def evaluated(model, *flags):  # → (accuracy, instructions of the prompts, what is printed)
+        prompts.clear()
+        out = tmp_path / str(len(list(tmp_path.iterdir())))
+        code, printed, err = run("mmau", "--model", model, "--data", tmp_path / "mmau.json",
+                                 "--out", out, *flags)
+        assert code == 0, err
+        report = report_of(out)
+        assert {report["settings"]["instruction"]} == set(prompts)
+        return report["accuracy"], set(prompts), printed
+
+    accuracy, prompted, printed = evaluated(checkpoint)
+    assert (accuracy, prompted) == (1, {told})
+    assert "config.yaml: format_style 'reasoning', as in training" in printed
+    assert evaluated(checkpoint, "--instruction", "Think.")[:2] == (1, {"Think."})
+    assert evaluated(checkpoint, "--format_style", "think")[:2] == (0, {told})
+    assert evaluated(world / "model")[:2] == (0, {""})  # no run wrote it
+
+
+def test_checkpoints_of_runs_with_other_instructions_are_refused(world, tmp_path):
+    """trace compares models on the same prompts."""
+    for name in ("a", "b"):
+        shutil.copytree(world / "model", tmp_path / name / "checkpoint")
+        (tmp_path / name / "config.yaml").write_text(f"instruction: Do {name}.")
+    models = [f"--model={name}={tmp_path / name / 'checkpoint'}" for name in ("a", "b")]
+    flags = ["--data", world / "train.jsonl", "--out", tmp_path / "out", "--limit", "1",
+             "--reference", world / "model", "--max_new_tokens", "2", "--target_layers", "1"]
+    code, _, err = run("trace", *models, *flags)
+    assert code == 2 and "2 values of instruction; give --instruction" in err
+    assert run("trace", *models, *flags, "--instruction", "")[0] == 0
 
 
 def test_a_server_gives_the_same_completions(world, tmp_path, monkeypatch):

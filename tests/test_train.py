@@ -937,16 +937,39 @@ def warnings_of(capsys, flags):
 
 
 def test_a_run_whose_completions_have_no_format_says_so(world, tmp_path, capsys, monkeypatch):
-    """Once, for the first generation batch, with a completion and the likely causes."""
+    """Once, for the first generation batch: how many, where they are, and the likely causes."""
     flags = arguments(world, tmp_path, "--save_every", "1")
     [warning] = warnings_of(capsys, flags)
-    assert "no completion of the first generation batch earned the format reward" in warning
-    for cause in ("--instruction", "--format_style", "--max_new_tokens 12"):
-        assert cause in warning
+    assert "only 0 of the first 16 completions earned the format reward" in warning
+    for part in (f"{tmp_path}/completions.jsonl", "--instruction", "recipes/instruct.yaml",
+                 "--format_style", "--max_new_tokens 12"):
+        assert part in warning
+    assert len(lines(tmp_path / "completions.jsonl")) == 32  # of two generation batches
     first = lines(tmp_path / "completions.jsonl")[0]["text"]
     assert warning.endswith(f"A completion: {first!r}")
     monkeypatch.setattr(train, "format_reward", lambda *_: 1.0)
     assert warnings_of(capsys, [*flags, "--overwrite", "true"]) == []
+
+
+def test_a_run_with_few_completions_in_the_format_says_how_many(world, tmp_path, capsys,
+                                                                monkeypatch):
+    """1 of 16 is below a tenth, 2 of 16 are not."""
+    monkeypatch.setattr(train, "accuracy_reward", lambda text, *_: float(len(text) % 2))
+    for formed, said in ((1, True), (2, False)):
+        earned = iter([1.0] * formed + [0.0] * 100)
+        monkeypatch.setattr(train, "format_reward", lambda *_: next(earned))
+        warnings = warnings_of(capsys, arguments(world, tmp_path, "--max_steps", "2",
+                                                 "--overwrite", "true"))
+        assert [f"only {formed} of the first 16" in line for line in warnings] == [True] * said
+
+
+def test_a_control_token_in_the_instruction_is_refused(world, tmp_path, capsys):
+    """Before anything is written. The tags of the format are not refused."""
+    text, out = "Write <think></think> and <answer></answer>.", tmp_path / "out"
+    error = refused(capsys, arguments(world, out, "--instruction", f"{text}<|im_end|>"))
+    assert "field 'instruction' contains <|im_end|>, a control token" in error
+    assert not out.exists()
+    assert main(arguments(world, out, "--instruction", text, "--max_steps", "1")) == 0
 
 
 def test_a_run_whose_advantages_are_0_says_so(world, tmp_path, capsys, monkeypatch):

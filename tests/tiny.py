@@ -41,12 +41,13 @@ def build_tokenizer():
     return tokenizer
 
 
-def qwen3_omni(seed=0, layers=3, dtype=torch.float32, experts="grouped_mm", std=0.3):
+def qwen3_omni(seed=0, layers=3, dtype=torch.float32, experts="grouped_mm", std=0.3,
+               tokenizer=None):
     """The thinker of Qwen3-Omni: mixture of experts, grouped-query attention, M-RoPE.
 
-    float64 needs experts="eager".
+    float64 needs experts="eager". tokenizer: by default that of build_tokenizer.
     """
-    tokenizer = build_tokenizer()
+    tokenizer = build_tokenizer() if tokenizer is None else tokenizer
     torch.manual_seed(seed)
     model = Qwen3OmniMoeThinkerForConditionalGeneration._from_config(
         toy.thinker_config(tokenizer, hidden_size=32, layers=layers, audio_size=32, std=std),
