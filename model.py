@@ -27,7 +27,8 @@ from torch.autograd.function import once_differentiable
 from transformers.masking_utils import create_bidirectional_mask
 
 from attention import at_least_float32
-from data import InputError, Prompt, audio_token_count, conversation, load_clip, log_mel
+from data import InputError, Prompt, conversation, load_clip, log_mel
+from families import family_of
 from pos_gate import FORMAT_TAG
 
 LOGIT_COLUMNS = 4096  # columns of logits that exist at a time: 16 MiB in fp32 for 1,024 tokens
@@ -73,6 +74,7 @@ class Policy(torch.nn.Module):
         self.saved_dtype = saved_dtype or self.base.dtype  # of the folder; training may be wider
         self.fp32_head = True  # logits leave the head's product in fp32, see logit_block
         config = self.base.config
+        self.family = family_of(config, folder or config.model_type)
         self.num_layers = config.get_text_config().num_hidden_layers
         self.audio_token_id = config.audio_token_id
         # Ids that represent features. If one were sampled, the next forward would look for audio
@@ -120,9 +122,8 @@ class Policy(torch.nn.Module):
         entropy = token_entropy.new_zeros(mask.shape).masked_scatter(mask, token_entropy)
         if not target_layers:
             return Statistics(logp, entropy, None)
-        # Our attention function returns masses in place of attention weights, and None elsewhere,
-        # which transformers drops. The last position, whose input is y_T, predicts nothing.
-        head_mass = torch.stack(output.attentions)[..., :completion]  # [L, B, H, T]
+        masses = layer_masses(output.attentions, target_layers)  # [L, B, H, T+1]
+        head_mass = masses[..., :completion]  # the last position, y_T, predicts nothing
         return Statistics(logp, entropy, head_mass.masked_fill(~mask[None, :, None], 0))
 
     def model_inputs(self, ids, audio):
@@ -149,8 +150,7 @@ class Policy(torch.nn.Module):
         The template renders one placeholder per clip, which is repeated for each audio token.
         Raises InputError when it renders another number of them, and as data.load_clip does.
         """
-        model_type = self.base.config.model_type
-        features, frames = zip(*(log_mel(self.load_clip(path), self.feature_extractor, model_type)
+        features, frames = zip(*(log_mel(self.load_clip(path), self.feature_extractor, self.family)
                                  for path in question.audio))
         rendered = self._render(question, instruction, with_audio=True)
         found = rendered.count(self.audio_token_id)
@@ -159,7 +159,7 @@ class Policy(torch.nn.Module):
                              f"placeholders (id {self.audio_token_id}) for {len(features)} clips; "
                              "fix the template in the model folder, or audio_token_id in its "
                              "config.json")
-        ids, count = [], iter([audio_token_count(n, model_type) for n in frames])
+        ids, count = [], iter(map(self.family.tokens, frames))
         for token in rendered:
             ids += [token] * (next(count) if token == self.audio_token_id else 1)
         text_ids = self._render(question, instruction, with_audio=False)
@@ -174,7 +174,7 @@ class Policy(torch.nn.Module):
         """
         counts = [self.audio_tokens(prompt) for prompt in prompts]
         audio = {name: x.to(self.device) for name, x in self._pad_features(prompts).items()}
-        made = audio_embeddings(self.base, **audio).cpu()  # [audio tokens, D]
+        made = audio_embeddings(self.base, self.family, audio).cpu()  # [audio tokens, D]
         if len(made) != sum(counts):
             raise InputError(f"questions {prompts[0].question.id} … {prompts[-1].question.id}: the "
                              f"audio encoder makes {len(made)} tokens, but the prompts have "
@@ -184,7 +184,7 @@ class Policy(torch.nn.Module):
 
     def audio_tokens(self, prompt):
         """How many placeholders the clips of a prompt need."""
-        return sum(audio_token_count(n, self.base.config.model_type) for n in prompt.frames)
+        return sum(map(self.family.tokens, prompt.frames))
 
     def _render(self, question, instruction, with_audio):
         messages = conversation(question, with_audio, instruction)
@@ -197,7 +197,7 @@ class Policy(torch.nn.Module):
 
     def load_clip(self, path):
         """Path → float32 [samples] at 16 kHz, exactly as the encoder hears it, here and in vLLM."""
-        return load_clip(path, self.feature_extractor, self.base.config.model_type)
+        return load_clip(path, self.feature_extractor, self.family)
 
     def collate(self, prompts, completions, text_only=False):
         """Prompts and their completions' token ids (lists, one per prompt) → Batch.
@@ -242,8 +242,12 @@ class Policy(torch.nn.Module):
         longest = max(clip.shape[1] for clip in clips)  # F
         features = torch.stack([torch.nn.functional.pad(clip, (0, longest - clip.shape[1]))
                                 for clip in clips])  # [clips, mel bins, F]
-        mask = (torch.arange(longest) < torch.tensor(frames)[:, None]).long()  # [clips, F]
-        return {"input_features": features, "feature_attention_mask": mask}
+        dtype = next(self.base.model.audio_tower.parameters()).dtype
+        audio = {"input_features": features.to(dtype)}  # some encoders do not do this themselves
+        if self.family.mask is not None:
+            mask = torch.arange(longest) < torch.tensor(frames)[:, None]  # [clips, F]
+            audio[self.family.mask] = mask.long()
+        return audio
 
     def decode(self, completion):
         """A rollout.Completion → its text, without special tokens other than format tags."""
@@ -267,17 +271,58 @@ def positions(attention_mask):
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def audio_embeddings(model, input_features, feature_attention_mask):
+def layer_masses(attentions, layers):
+    """The masses that a forward returned for `layers` → [L, B, H, rows].
+
+    attention_with_mass returns a mass [B, H, rows] in place of attention weights, and None in other
+    layers, which transformers drops. Raises InputError when a layer of L_tgt did not go through it:
+    nothing else would show that.
+    """
+    masses = [mass for mass in attentions or () if mass is not None and mass.dim() == 3]
+    if len(masses) != len(layers):
+        raise InputError(f"only {len(masses)} of {len(layers)} decoder layers went through "
+                         "attention.attention_with_mass; the others would give no audio mass. Set "
+                         "our attention function for them in checkpoint.make_policy")
+    return torch.stack(masses)
+
+
+@torch.no_grad()
+def check_decoder(policy, ids):
+    """Every decoder layer goes through our attention, and the logits are lm_head's alone.
+
+    Both are tried on a few tokens of text. Raises InputError: a layer that keeps another attention
+    function would give no audio mass, and a bias, softcap or scale would make log-probs wrong.
+    """
+    base, kind = policy.base, policy.base.config.model_type
+    row = torch.tensor([ids], device=policy.device)  # [1, S]
+    ones = torch.ones_like(row)
+    policy(Batch(row, ones, ones[:, 1:].bool(), {}), 1.0, range(policy.num_layers))
+    if base.lm_head.bias is not None:
+        raise InputError(f"{kind}: lm_head has a bias, which is not supported: log-probs would be "
+                         "wrong; model.logit_block and TokenStatistics would have to add it")
+    made = []
+    hook = base.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output))
+    try:
+        logits = base(input_ids=row, attention_mask=ones, use_cache=False).logits  # [1, S, V]
+    finally:
+        hook.remove()
+    if not made or not torch.equal(made[0].to(logits), logits):
+        raise InputError(f"{kind}: the model changes the logits after lm_head (by a softcap or a "
+                         "scale), which is not supported: log-probs would be wrong; "
+                         "model.logit_block and TokenStatistics would have to do the same")
+
+
+def audio_embeddings(model, family, audio):
     """What the decoder reads at the placeholders → [audio tokens of all clips, D].
 
-    input_features [clips, mel bins, F], feature_attention_mask [clips, F].
+    audio: input_features [clips, mel bins, F], and the mask [clips, F] under the family's name.
     """
-    if hasattr(model, "get_audio_features"):
-        return model.get_audio_features(
-            input_features, feature_attention_mask=feature_attention_mask).last_hidden_state
+    if family.embeddings is not None:
+        return model.get_audio_features(**audio)[family.embeddings]
     # Qwen2-Audio has no such method; its forward does this.
+    input_features, frame_mask = audio["input_features"], audio[family.mask]
     tower, projector = model.model.audio_tower, model.model.multi_modal_projector
-    frames, tokens = tower._get_feat_extract_output_lengths(feature_attention_mask.sum(-1))
+    frames, tokens = tower._get_feat_extract_output_lengths(frame_mask.sum(-1))
     longest = (input_features.shape[-1] - 2) // 2 + 1  # frames after the convolutions
     inside = torch.arange(longest, device=frames.device) < frames[:, None]  # [clips, frames]
     mask = create_bidirectional_mask(config=tower.config, attention_mask=inside.long(),

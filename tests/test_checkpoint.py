@@ -275,7 +275,7 @@ def test_a_text_model_is_refused(saved, tmp_path):
     saved.policy.tokenizer.save_pretrained(tmp_path)
     saved.policy.feature_extractor.save_pretrained(tmp_path)
     message = error_of(checkpoint.load_policy, tmp_path)
-    assert f"{tmp_path}/config.json: no audio_token_id (qwen2)" in message
+    assert f"{tmp_path}/config.json: no audio_config: qwen2 is a text-only model" in message
 
 
 def test_the_chat_template_may_be_in_a_json_file(copied, saved):
