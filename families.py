@@ -82,12 +82,14 @@ def family_of(config, where):
     """
     kind, text = config.model_type, config.get_text_config()
     softcap = getattr(text, "final_logit_softcapping", None)
-    if getattr(config, "audio_config", None) is None:
+    has = {name: getattr(config, name, None) is not None
+           for name in ("audio_config", "audio_token_id", "vision_config")}
+    if not has["audio_config"] and not has["audio_token_id"]:
         sort = "a text-only model"
-        if getattr(config, "vision_config", None) is not None:
-            sort = "a vision model (its positions of images and mm_token_type_ids are not coded)"
-        raise InputError(f"{where}: no audio_config: {kind} is {sort}; give an audio language "
-                         f"model: {_names()}")
+        if has["vision_config"]:
+            sort = ("a vision model, which would need its own positions of images and its "
+                    "mm_token_type_ids in model.py")
+        raise InputError(f"{where}: {kind} is {sort}; give an audio language model: {_names()}")
     if softcap is not None:
         raise InputError(f"{where}: the head of {kind} has a final_logit_softcapping of {softcap}, "
                          "which is not supported: log-probs would be wrong; model.logit_block and "
@@ -98,7 +100,7 @@ def family_of(config, where):
             lacks += ("; and its decoder has no text_config, so our attention function would have "
                       "to be set in another way: by itself it would silently keep sdpa")
         raise InputError(f"{where}: {kind} is not supported, but {_names()}; it needs {lacks}")
-    if getattr(config, "audio_token_id", None) is None:
+    if not has["audio_token_id"]:
         raise InputError(f"{where}: no audio_token_id; copy config.json from the original "
                          "checkpoint")
     return FAMILIES[kind]
