@@ -296,10 +296,10 @@ def check_decoder(policy, ids):
     base, kind = policy.base, policy.base.config.model_type
     row = torch.tensor([ids], device=policy.device)  # [1, S]
     ones = torch.ones_like(row)
-    policy(Batch(row, ones, ones[:, 1:].bool(), {}), 1.0, range(policy.num_layers))
     if base.lm_head.bias is not None:
         raise InputError(f"{kind}: lm_head has a bias, which is not supported: log-probs would be "
                          "wrong; model.logit_block and TokenStatistics would have to add it")
+    policy(Batch(row, ones, ones[:, 1:].bool(), {}), 1.0, range(policy.num_layers))
     made = []
     hook = base.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output))
     try:

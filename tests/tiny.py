@@ -150,7 +150,8 @@ def voxtral(seed=0, dtype=torch.float32):
     torch.manual_seed(seed)
     config = VoxtralConfig(
         audio_config=dict(AUDIO, model_type="voxtral_encoder", encoder_ffn_dim=4 * 32),
-        text_config=dict(TEXT, model_type="llama", vocab_size=len(tokenizer), head_dim=8),
+        text_config=dict(TEXT, model_type="llama", vocab_size=len(tokenizer), head_dim=8,
+                         eos_token_id=tokenizer.eos_token_id),
         audio_token_id=tokenizer.convert_tokens_to_ids("[AUDIO]"))
     model = VoxtralForConditionalGeneration(config).to(dtype)
     return make_policy(model, tokenizer, WhisperFeatureExtractor(feature_size=128))
