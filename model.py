@@ -290,8 +290,9 @@ def layer_masses(attentions, layers):
 def check_decoder(policy, ids):
     """Every decoder layer goes through our attention, and the logits are lm_head's alone.
 
-    Both are tried on a few tokens of text. Raises InputError: a layer that keeps another attention
-    function would give no audio mass, and a bias, softcap or scale would make log-probs wrong.
+    Both are tried on a few tokens of text, `ids`. Raises InputError: a layer that keeps another
+    attention function would give no audio mass, and a bias, softcap or scale would make log-probs
+    wrong.
     """
     base, kind = policy.base, policy.base.config.model_type
     row = torch.tensor([ids], device=policy.device)  # [1, S]
@@ -299,13 +300,16 @@ def check_decoder(policy, ids):
     if base.lm_head.bias is not None:
         raise InputError(f"{kind}: lm_head has a bias, which is not supported: log-probs would be "
                          "wrong; model.logit_block and TokenStatistics would have to add it")
-    policy(Batch(row, ones, ones[:, 1:].bool(), {}), 1.0, range(policy.num_layers))
-    made = []
+    layers, made = tuple(range(policy.num_layers)), []
     hook = base.lm_head.register_forward_hook(lambda module, inputs, output: made.append(output))
     try:
-        logits = base(input_ids=row, attention_mask=ones, use_cache=False).logits  # [1, S, V]
+        output = base(input_ids=row, attention_mask=ones, position_ids=positions(ones),
+                      use_cache=False, output_attentions=True, mass_layers=layers,
+                      mass_keys=row == policy.audio_token_id)
     finally:
         hook.remove()
+    layer_masses(output.attentions, layers)
+    logits = output.logits  # [1, S, V]
     if not made or not torch.equal(made[0].to(logits), logits):
         raise InputError(f"{kind}: the model changes the logits after lm_head (by a softcap or a "
                          "scale), which is not supported: log-probs would be wrong; "
