@@ -14,6 +14,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
+from data import InputError
 from mapo import head_audio_mass
 
 
@@ -142,6 +143,22 @@ def allowed_keys(attention_mask, key, first_row):
         causal = torch.ones(total, total, dtype=torch.bool, device=key.device).tril()
         attention_mask = causal[None, None]
     return attention_mask[:, :, first_row:]
+
+
+def layer_masses(attentions, layers):
+    """The masses that a forward returned for `layers` → [L, B, H, rows].
+
+    attention_with_mass returns a mass [B, H, rows] in place of attention weights, and None in other
+    layers, which transformers drops. Raises InputError when a layer of L_tgt did not go through it:
+    nothing else would show that.
+    """
+    masses = [mass for mass in attentions or () if mass is not None and mass.dim() == 3]
+    if len(masses) != len(layers):
+        raise InputError(f"only {len(masses)} of {len(layers)} decoder layers went through "
+                         "attention.attention_with_mass; the others would give no audio mass. Set "
+                         "our attention function for them in checkpoint.make_policy")
+    return torch.stack(masses)
+
 
 # ──────── the mask ────────
 

@@ -22,24 +22,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+import transformers
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch.distributed.checkpoint.state_dict import (StateDictOptions, get_state_dict,
                                                      set_state_dict)
-from transformers import (AutoConfig, AutoModelForMultimodalLM, AutoTokenizer, GenerationConfig,
-                          Qwen2_5OmniForConditionalGeneration,
-                          Qwen3OmniMoeForConditionalGeneration,
-                          WhisperFeatureExtractor)
+from transformers import AutoConfig, AutoTokenizer, GenerationConfig, WhisperFeatureExtractor
 
 from config import MAY_CHANGE
 from data import InputError, json_object, parse_json
 from distributed import Team
 from export import disk_faults, gathered, together, write_weights
+from families import family_of
 from model import Policy
-
-# The checkpoints on the hub hold the whole Omni model. We train its thinker.
-WHOLE_MODEL = {"qwen3_omni_moe_thinker": Qwen3OmniMoeForConditionalGeneration,
-               "qwen2_5_omni_thinker": Qwen2_5OmniForConditionalGeneration}
 
 
 # ──────── loading ────────
@@ -51,16 +46,11 @@ def load_policy(folder, dtype=torch.float32, meta=False):
     meta: on the meta device, i.e. shapes without weights. Reads config.json, the safetensors, the
     tokenizer, the chat template and preprocessor_config.json; uses no network. Dropout is set to 0
     everywhere: old_logp, the update's logp and the sampler must be the same distribution.
-    Raises InputError naming the folder or file when a part is missing or broken, when the config
-    has no audio_token_id, or when the weights do not cover the model.
+    Raises InputError naming the folder or file when a part is missing or broken, when the model is
+    of no supported family (families.py), or when the weights do not cover the model.
     """
     folder = Path(folder)
     check_folder(folder)
-    for names in (("preprocessor_config.json",), ("tokenizer_config.json",),
-                  ("tokenizer.json", "vocab.json")):
-        if not any((folder / name).is_file() for name in names):
-            raise InputError(f"{folder}: no {' or '.join(names)}; copy it from the original "
-                             "checkpoint")
     try:
         return _load(folder, dtype, meta)
     except InputError:
@@ -81,12 +71,28 @@ def check_folder(folder):
         raise InputError(f"{folder}: no config.json; give the folder of a transformers checkpoint")
 
 
+def _check_files(folder):
+    """Raises InputError for a folder that lacks a file of the processor or the tokenizer."""
+    names = {name for name in ("preprocessor_config.json", "tokenizer_config.json",
+                               "tokenizer.json", "vocab.json", "tekken.json")
+             if (folder / name).is_file()}
+    if "tekken.json" in names and "tokenizer.json" not in names:
+        raise InputError(
+            f"{folder}: tekken.json is for the package mistral-common, which is not used here; "
+            "convert it with transformers.integrations.mistral.convert_tekken_tokenizer(tekken), "
+            "and save_pretrained into this folder, with a chat template for audio: docs/scale.md")
+    for wanted in (("preprocessor_config.json",), ("tokenizer_config.json",),
+                   ("tokenizer.json", "vocab.json")):
+        if not names.intersection(wanted):
+            raise InputError(f"{folder}: no {' or '.join(wanted)}; copy it from the original "
+                             "checkpoint")
+
+
 def _load(folder, dtype, meta):
     full_config = AutoConfig.from_pretrained(folder, local_files_only=True)
     config = getattr(full_config, "thinker_config", full_config)
-    if getattr(config, "audio_token_id", None) is None:
-        raise InputError(f"{folder}/config.json: no audio_token_id ({config.model_type}); an audio "
-                         "language model is needed")
+    model_class = getattr(transformers, family_of(config, folder / "config.json").model_class)
+    _check_files(folder)
     for part in (config, config.get_text_config(), getattr(config, "audio_config", config)):
         for name in ("dropout", "attention_dropout", "activation_dropout", "encoder_layerdrop"):
             if hasattr(part, name):
@@ -95,19 +101,20 @@ def _load(folder, dtype, meta):
                    or torch.float32)
     if meta:
         with torch.device("meta"):
-            model = AutoModelForMultimodalLM.from_config(config, dtype=dtype)
+            model = model_class._from_config(config, dtype=dtype)
         missing = []
         if (folder / "generation_config.json").is_file():
             model.generation_config = GenerationConfig.from_pretrained(folder,
                                                                        local_files_only=True)
     else:
-        model, info = AutoModelForMultimodalLM.from_pretrained(
+        model, info = model_class.from_pretrained(
             folder, config=config, dtype=dtype, local_files_only=True, output_loading_info=True)
         missing = sorted(info["missing_keys"])
     if missing:
         raise InputError(f"{folder}: the weights lack {len(missing)} tensors, the first is "
                          f"{missing[0]}; the checkpoint is incomplete")
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    # Not mistral-common's tokenizer, which transformers prefers where that package is installed.
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, mistral_format=False)
     # Older checkpoints keep it in a file of the processor, which AutoProcessor and vLLM prefer. The
     # tokenizer's own may be for text alone.
     file = folder / "chat_template.json"
@@ -192,7 +199,7 @@ def save_policy(policy, folder, team=Team()):
     Raises OSError, or InputError where the ranks do not see the same folder, on all ranks.
     """
     folder, prefix = Path(folder), ""
-    whole = WHOLE_MODEL.get(policy.base.config.model_type)
+    whole = policy.family.whole_class and getattr(transformers, policy.family.whole_class)
     config = copy.deepcopy(policy.base.config)
     config.dtype = policy.saved_dtype
     if whole is not None:
@@ -248,7 +255,7 @@ def _write_adapter(policy, folder, adapter):
     policy.model.save_pretrained(folder, state_dict=adapter)
     base, card = type(policy.base).__name__, ADAPTER_CARD
     if policy.full_config is not None:
-        base, card = WHOLE_MODEL[policy.base.config.model_type].__name__, card + ON_THE_THINKER
+        base, card = policy.family.whole_class, card + ON_THE_THINKER
         file = folder / "adapter_model.safetensors"  # peft itself writes only names that it knows
         save_file({name.replace("base_model.model.", "base_model.model.thinker.", 1): tensor
                    for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})

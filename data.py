@@ -373,76 +373,57 @@ class Prompt:
     embeddings: object = None  # tensor [audio tokens, D] in place of features, see model.py
 
 
-def load_clip(path, extractor, model_type):
+def load_clip(path, extractor, family):
     """Path → float32 [samples] at 16 kHz, with silence added at the end where the encoder needs it.
 
     Raises InputError, naming `path`, for a clip that cannot be read, or that is too short or too
-    long for the model. extractor: the model's WhisperFeatureExtractor.
+    long for the model. extractor: the model's WhisperFeatureExtractor; family: its entry in
+    families.py.
     """
     samples = load_audio(path)
-    clip_tokens(len(samples), extractor, model_type, path)
-    return np.pad(samples, (0, _padded(len(samples), extractor, model_type) - len(samples)))
+    clip_tokens(len(samples), extractor, family, path)
+    return np.pad(samples, (0, _padded(len(samples), extractor, family) - len(samples)))
 
 
-def _padded(samples, extractor, model_type):
+def _padded(samples, extractor, family):
     """Samples of a clip → samples with the silence that load_clip adds.
 
-    Qwen3-Omni: up to 1 s, because its encoder pads chunks of 1 s to the longest chunk of the
-    batch, so that the features of a shorter clip would depend on its neighbours; and up to a whole
-    frame of 10 ms, as vLLM does. Other models: up to what the centred STFT needs, which reflects
-    half a window at the edges.
+    Where the encoder pads chunks of 1 s: up to 1 s, because the features of a shorter clip would
+    depend on its neighbours in the batch; and up to a whole frame of 10 ms, as vLLM does. Other
+    models: up to what the centred STFT needs, which reflects half a window at the edges.
     """
-    if model_type.startswith("qwen3_omni_moe"):
+    if family.pads_to_a_second:
         return max(SAMPLE_RATE, -(-samples // extractor.hop_length) * extractor.hop_length)
     return max(extractor.n_fft // 2 + 1, samples)
 
 
-def clip_tokens(samples, extractor, model_type, path):
+def clip_tokens(samples, extractor, family, path):
     """Audio tokens of a clip of `samples` at 16 kHz, before load_clip adds silence.
 
     Raises InputError, naming `path`, when the clip is too short or too long for the model.
     """
     seconds, hop = samples / SAMPLE_RATE, extractor.hop_length
-    padded = _padded(samples, extractor, model_type)
+    padded = _padded(samples, extractor, family)
     frames = padded // hop  # of 10 ms
-    least = 1
-    if model_type == "qwen2_audio":  # its encoder takes windows of exactly 30 s
+    if family.one_window:
         if padded > extractor.n_samples:
-            raise InputError(f"{path}: {seconds:.1f} s, but Qwen2-Audio takes at most "
-                             f"{extractor.n_samples / SAMPLE_RATE:.0f} s; cut the clip")
+            raise InputError(f"{path}: {seconds:.1f} s, but this {family.name} takes at most "
+                             f"{extractor.chunk_length} s, one window of its encoder; cut the clip")
         frames = -(-padded // hop)  # the window has room for the last part of a frame
-        least = 2  # its forward treats a single placeholder as one that is not expanded yet
-    tokens = audio_token_count(frames, model_type)
-    if tokens < least:
+    tokens = family.tokens(frames)
+    if tokens < family.least_tokens:
         raise InputError(f"{path}: {seconds:.3f} s is too short for this encoder; pad the clip "
                          "with silence or remove the question")
     return tokens
 
 
-def log_mel(samples, extractor, model_type):
+def log_mel(samples, extractor, family):
     """Samples of load_clip → (log-mel tensor [mel bins, F], frames that are audio).
 
     A frame is 10 ms. One clip at a time, so that the features do not depend on other clips of a
     batch.
     """
+    padding = {"padding": "max_length" if family.one_window else True}
     output = extractor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt", truncation=False,
-                       padding="max_length" if model_type == "qwen2_audio" else True,
-                       return_attention_mask=True)
+                       return_attention_mask=True, **padding)
     return output["input_features"][0], int(output["attention_mask"].sum())
-
-
-def audio_token_count(frames, model_type):
-    """Audio tokens that the encoder makes of `frames` mel frames (10 ms each): model facts.
-
-    Qwen3-Omni: three strided convolutions on chunks of 100 frames. A whole chunk gives 13 tokens,
-    a rest of r frames ⌈⌈⌈r/2⌉/2⌉/2⌉.
-    Qwen2-Audio, Qwen2.5-Omni: a strided convolution and a pooling by two on the whole clip.
-    Raises InputError for another family, whose rule has to be added here.
-    """
-    if model_type.startswith("qwen3_omni_moe"):
-        whole, rest = divmod(frames, 100)
-        return 13 * whole + -(-rest // 8)  # ⌈⌈⌈r/2⌉/2⌉/2⌉ = ⌈r/8⌉
-    if model_type in ("qwen2_audio", "qwen2_5_omni_thinker"):
-        return ((frames - 1) // 2 + 1 - 2) // 2 + 1
-    raise InputError(f"config.json: the number of audio tokens of a {model_type} is not known; "
-                     "supported are Qwen3-Omni, Qwen2.5-Omni and Qwen2-Audio")

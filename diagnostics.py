@@ -27,8 +27,8 @@ import plots
 from attention import allowed_keys, attention_weights, mask_without_empty_rows, mass_rows
 from benchmarks import question_of, read_benchmark
 from checkpoint import load_policy
-from data import (SAMPLE_RATE, InputError, audio_token_count, json_lines, load_audio, parse_json,
-                  read_questions, write_whole)
+from data import (SAMPLE_RATE, InputError, json_lines, load_audio, parse_json, read_questions,
+                  write_whole)
 from mapo import (MapoConfig, audio_attention_mass, differential_entropy, inverse_relevance_weight,
                   relevance_mask)
 from metrics import continue_log
@@ -211,7 +211,6 @@ def evidence_masking(policy, questions, options, layers, label):
     A row is {"id", "model", "right", "seconds", "masked": [{"kind", "seed", "ratio", "seconds",
     "right"}]}.
     """
-    model_type = policy.base.config.model_type
     for some in batches(questions, options, f"acs {label}"):
         prompts, completions, right = answer(policy, some, options)
         scores = audio_token_scores(policy, prompts, [c.token_ids for c in completions], layers)
@@ -220,7 +219,7 @@ def evidence_masking(policy, questions, options, layers, label):
             spans, start = [], 0  # spans of all clips joined, so that their tokens compete
             for clip, frames in zip(clips, prompt.frames):
                 spans += [(start + first, start + end) for first, end
-                          in audio_token_spans(len(clip), frames, model_type)]
+                          in audio_token_spans(len(clip), frames, policy.family)]
                 start += len(clip)
             variants = mask_variants(spans, attention, question.id)
             with tempfile.TemporaryDirectory() as folder:
@@ -257,19 +256,14 @@ def mask_question(question, clips, spans, folder):
     return replace(question, audio=tuple(paths))
 
 
-def audio_token_spans(samples, frames, model_type):
+def audio_token_spans(samples, frames, family):
     """The part of the waveform that each audio token stands for → [(start, end)], in samples.
 
     samples: length of the clip at 16 kHz. frames: its mel frames, of 10 ms or 160 samples each.
-    Qwen3-Omni makes 13 tokens from each second: 12 of 8 frames and one of 4. The other models make
-    one token from every 4 frames. The spans cover the clip without gaps or overlap; a token that is
-    only padding has an empty one.
+    family: of the model, see families.py. The spans cover the clip without gaps or overlap; a token
+    that is only padding has an empty one.
     """
-    count = audio_token_count(frames, model_type)
-    if model_type.startswith("qwen3_omni_moe"):
-        first_frames = [100 * (j // 13) + 8 * (j % 13) for j in range(count)]
-    else:
-        first_frames = [4 * j for j in range(count)]
+    first_frames = map(family.first_frame, range(family.tokens(frames)))
     edges = [min(160 * frame, samples) for frame in first_frames] + [samples]
     return list(zip(edges, edges[1:]))
 

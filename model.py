@@ -28,8 +28,9 @@ from jinja2 import TemplateError
 from torch.autograd.function import once_differentiable
 from transformers.masking_utils import create_bidirectional_mask
 
-from attention import at_least_float32
-from data import InputError, Prompt, audio_token_count, conversation, load_clip, log_mel
+from attention import at_least_float32, layer_masses
+from data import InputError, Prompt, conversation, load_clip, log_mel
+from families import family_of
 from pos_gate import FORMAT_TAG
 
 LOGIT_COLUMNS = 4096  # columns of logits that exist at a time: 16 MiB in fp32 for 1,024 tokens
@@ -75,6 +76,7 @@ class Policy(torch.nn.Module):
         self.saved_dtype = saved_dtype or self.base.dtype  # of the folder; training may be wider
         self.fp32_head = True  # logits leave the head's product in fp32, see logit_block
         config = self.base.config
+        self.family = family_of(config, folder or config.model_type)
         self.num_layers = config.get_text_config().num_hidden_layers
         self.audio_token_id = config.audio_token_id
         # Ids that represent features. If one were sampled, the next forward would look for audio
@@ -122,9 +124,8 @@ class Policy(torch.nn.Module):
         entropy = token_entropy.new_zeros(mask.shape).masked_scatter(mask, token_entropy)
         if not target_layers:
             return Statistics(logp, entropy, None)
-        # Our attention function returns masses in place of attention weights, and None elsewhere,
-        # which transformers drops. The last position, whose input is y_T, predicts nothing.
-        head_mass = torch.stack(output.attentions)[..., :completion]  # [L, B, H, T]
+        masses = layer_masses(output.attentions, target_layers)  # [L, B, H, T+1]
+        head_mass = masses[..., :completion]  # the last position, y_T, predicts nothing
         return Statistics(logp, entropy, head_mass.masked_fill(~mask[None, :, None], 0))
 
     def model_inputs(self, ids, audio):
@@ -156,8 +157,7 @@ class Policy(torch.nn.Module):
             self.refuse_control_tokens(question, instruction)
         except InputError as error:
             raise InputError(f"question {question.id}: {error}") from error
-        model_type = self.base.config.model_type
-        features, frames = zip(*(log_mel(self.load_clip(path), self.feature_extractor, model_type)
+        features, frames = zip(*(log_mel(self.load_clip(path), self.feature_extractor, self.family)
                                  for path in question.audio))
         rendered = self._render(question, instruction, with_audio=True)
         found = rendered.count(self.audio_token_id)
@@ -166,7 +166,7 @@ class Policy(torch.nn.Module):
                              f"placeholders (id {self.audio_token_id}) for {len(features)} clips; "
                              "fix the template in the model folder, or audio_token_id in its "
                              "config.json")
-        ids, count = [], iter([audio_token_count(n, model_type) for n in frames])
+        ids, count = [], iter(map(self.family.tokens, frames))
         for token in rendered:
             ids += [token] * (next(count) if token == self.audio_token_id else 1)
         text_ids = self._render(question, instruction, with_audio=False)
@@ -181,7 +181,7 @@ class Policy(torch.nn.Module):
         """
         counts = [self.audio_tokens(prompt) for prompt in prompts]
         audio = {name: x.to(self.device) for name, x in self._pad_features(prompts).items()}
-        made = audio_embeddings(self.base, **audio).cpu()  # [audio tokens, D]
+        made = audio_embeddings(self.base, self.family, audio).cpu()  # [audio tokens, D]
         if len(made) != sum(counts):
             raise InputError(f"questions {prompts[0].question.id} … {prompts[-1].question.id}: the "
                              f"audio encoder makes {len(made)} tokens, but the prompts have "
@@ -191,7 +191,7 @@ class Policy(torch.nn.Module):
 
     def audio_tokens(self, prompt):
         """How many placeholders the clips of a prompt need."""
-        return sum(audio_token_count(n, self.base.config.model_type) for n in prompt.frames)
+        return sum(map(self.family.tokens, prompt.frames))
 
     def refuse_control_tokens(self, question, instruction=""):
         """Raises InputError where a text contains what the tokenizer reads as a control token.
@@ -224,7 +224,7 @@ class Policy(torch.nn.Module):
 
     def load_clip(self, path):
         """Path → float32 [samples] at 16 kHz, exactly as the encoder hears it, here and in vLLM."""
-        return load_clip(path, self.feature_extractor, self.base.config.model_type)
+        return load_clip(path, self.feature_extractor, self.family)
 
     def collate(self, prompts, completions, text_only=False):
         """Prompts and their completions' token ids (lists, one per prompt) → Batch.
@@ -269,8 +269,12 @@ class Policy(torch.nn.Module):
         longest = max(clip.shape[1] for clip in clips)  # F
         features = torch.stack([torch.nn.functional.pad(clip, (0, longest - clip.shape[1]))
                                 for clip in clips])  # [clips, mel bins, F]
-        mask = (torch.arange(longest) < torch.tensor(frames)[:, None]).long()  # [clips, F]
-        return {"input_features": features, "feature_attention_mask": mask}
+        dtype = next(self.base.model.audio_tower.parameters()).dtype
+        audio = {"input_features": features.to(dtype)}  # some encoders do not do this themselves
+        if self.family.mask is not None:
+            mask = torch.arange(longest) < torch.tensor(frames)[:, None]  # [clips, F]
+            audio[self.family.mask] = mask.long()
+        return audio
 
     def decode(self, completion):
         """A rollout.Completion → its text, without special tokens other than format tags."""
@@ -294,17 +298,17 @@ def positions(attention_mask):
     return (attention_mask.cumsum(dim=1) - 1).clamp(min=0)
 
 
-def audio_embeddings(model, input_features, feature_attention_mask):
+def audio_embeddings(model, family, audio):
     """What the decoder reads at the placeholders → [audio tokens of all clips, D].
 
-    input_features [clips, mel bins, F], feature_attention_mask [clips, F].
+    audio: input_features [clips, mel bins, F], and the mask [clips, F] under the family's name.
     """
-    if hasattr(model, "get_audio_features"):
-        return model.get_audio_features(
-            input_features, feature_attention_mask=feature_attention_mask).last_hidden_state
+    if family.embeddings is not None:
+        return model.get_audio_features(**audio)[family.embeddings]
     # Qwen2-Audio has no such method; its forward does this.
+    input_features, frame_mask = audio["input_features"], audio[family.mask]
     tower, projector = model.model.audio_tower, model.model.multi_modal_projector
-    frames, tokens = tower._get_feat_extract_output_lengths(feature_attention_mask.sum(-1))
+    frames, tokens = tower._get_feat_extract_output_lengths(frame_mask.sum(-1))
     longest = (input_features.shape[-1] - 2) // 2 + 1  # frames after the convolutions
     inside = torch.arange(longest, device=frames.device) < frames[:, None]  # [clips, frames]
     mask = create_bidirectional_mask(config=tower.config, attention_mask=inside.long(),

@@ -19,7 +19,7 @@ import torch
 import attention
 from checkpoint import load_policy
 from config import read_config
-from data import InputError, audio_token_count
+from data import InputError
 from distributed import units
 from export import FILE_BYTES
 from model import LOGIT_COLUMNS
@@ -77,11 +77,16 @@ def sizes_of(policy, config, gpus, audio_seconds=30):
                if ("language_model" in name or "lm_head" in name) and ".lora_" not in name}
     s.decoder = count(decoder.values())
     multiplied = {name: p for name, p in decoder.items() if "embed_tokens" not in name}
+    multiplied["lm_head.weight"] = policy.base.lm_head.weight  # also if it is the embeddings
     s.in_experts = count(p for name, p in multiplied.items() if ".mlp.experts." in name)
     s.outside_experts = count(multiplied.values()) - s.in_experts
     s.active = s.outside_experts + s.in_experts * s.experts_per_token / s.experts
 
-    s.audio = audio_token_count(100 * audio_seconds, policy.base.config.model_type)
+    window = policy.feature_extractor.chunk_length
+    if policy.family.one_window and audio_seconds > window:
+        raise InputError(f"audio_seconds is {audio_seconds}, but {policy.family.name} takes at "
+                         f"most {window} s")
+    s.audio = policy.family.tokens(100 * audio_seconds)
     s.prompt = PROMPT_TEXT + s.audio  # L
     s.longest = s.prompt + config.max_new_tokens
     s.questions = config.generation_batch_size // config.group_size
@@ -334,11 +339,11 @@ def main(arguments):
     try:
         config = read_config(rest)
         policy = set_trainable(load_policy(config.model, meta=True), config)
+        on_gpu, sizes = plan(policy, config, options.gpus, options.audio_seconds)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    fits = print_plan(*plan(policy, config, options.gpus, options.audio_seconds), config, options)
-    return 0 if fits else 1
+    return 0 if print_plan(on_gpu, sizes, config, options) else 1
 
 
 if __name__ == "__main__":

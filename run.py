@@ -24,12 +24,12 @@ import torch
 from torch.distributed.tensor import DTensor
 from transformers import get_cosine_schedule_with_warmup
 
-from checkpoint import (WHOLE_MODEL, add_lora, check_folder, load_policy, remove_numbered, resume,
+from checkpoint import (add_lora, check_folder, load_policy, remove_numbered, resume,
                         save_checkpoint, save_policy, save_state)
 from config import TrainConfig, vllm_python
-from data import (InputError, audio_token_count, clip_tokens, raise_bad_rows, read_avqa,
-                  read_questions)
+from data import InputError, clip_tokens, raise_bad_rows, read_avqa, read_questions
 from distributed import Team, fill, launch, shard
+from families import check_decoder
 from metrics import check_output_dir, remove_run
 from model import Policy, audio_embeddings
 from rewards import CheckerError, check_consistency
@@ -181,9 +181,9 @@ def check_policy(policy, questions, target_layers, instruction=""):
     L_tgt must exist. No question may contain a control token, and its clips must fit the model;
     the bad rows are listed together. For the first question the encoder must make as many audio
     tokens as the prompt has placeholders. Nor may the instruction contain a control token, other
-    than format tags. Raises InputError.
+    than format tags. Decoder and head must be what the losses take them for (check_decoder).
+    Raises InputError.
     """
-    audio_token_count(100, policy.base.config.model_type)  # do we know the family?
     raise_bad_rows("the questions", [error for question in questions
                                      if (error := _misfit(question, policy))])
     for layer in target_layers:
@@ -200,7 +200,7 @@ def check_policy(policy, questions, target_layers, instruction=""):
     reason = ""
     try:
         with torch.no_grad():
-            made = len(audio_embeddings(policy.base, **batch.audio))
+            made = len(audio_embeddings(policy.base, policy.family, batch.audio))
     except torch.OutOfMemoryError:
         raise
     except (IndexError, RuntimeError, ValueError) as error:  # from the encoders
@@ -209,17 +209,18 @@ def check_policy(policy, questions, target_layers, instruction=""):
         raise InputError(f"question {question.id}: the audio encoder makes {made} tokens{reason}, "
                          f"but the prompt has {wanted} placeholders; check n_window and the "
                          "feature extractor's hop length in the model folder")
+    check_decoder(policy, prompt.text_ids[:3])
 
 
 def _misfit(question, policy):
     """The InputError of a question that does not fit the model, or None."""
     where = f"{question.where}: " if question.where else ""
     where += f"question {question.id}"
-    model_type, tokens = policy.base.config.model_type, 0
+    tokens = 0
     try:
         policy.refuse_control_tokens(question)
         for clip, samples in zip(question.audio, question.samples):
-            tokens += clip_tokens(samples, policy.feature_extractor, model_type, clip)
+            tokens += clip_tokens(samples, policy.feature_extractor, policy.family, clip)
     except InputError as error:
         return InputError(f"{where}: {error}")
     most = policy.base.config.get_text_config().max_position_embeddings
@@ -321,7 +322,7 @@ def open_servers(config, policy, questions, team):
     folder, server, checker = Path(config.output_dir).resolve(), None, None
     in_flight = config.generation_batch_size // config.group_size  # all questions of a batch
     served = Path(config.model).resolve()
-    is_thinker = policy.full_config is None and policy.base.config.model_type in WHOLE_MODEL
+    is_thinker = policy.full_config is None and policy.family.whole_class
     if config.rollout == "vllm" and is_thinker:  # vLLM serves a thinker only in its whole model
         served = folder / "weights" / "version-0"
         save_policy(policy, served, team)

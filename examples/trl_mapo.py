@@ -35,7 +35,8 @@ from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, pad
 
 import attention  # noqa: F401 (registers the attention function "audio_mass")
-from data import audio_token_count, load_clip, log_mel
+from data import load_clip, log_mel
+from families import family_of
 from mapo import MapoConfig, audio_attention_mass, differential_entropy, mapo_loss
 from pos_gate import pos_gate_batch
 
@@ -100,6 +101,9 @@ class MapoTrainer(GRPOTrainer):
             columns.add("audio")
             if self.feature_extractor is None:
                 raise ValueError("feature_extractor is missing: an audio model needs it for clips")
+            self.family = family_of(self.model.config, "model")
+            if self.family.mask is None:
+                raise ValueError(f"{self.family.name} takes no mask of frames, which this file needs")
         elif self.mapo.eta > 0:
             raise ValueError(f"eta is {self.mapo.eta}, and {type(self.model).__name__} has no "
                              "audio_token_id: set mapo={\"eta\": 0} for a model without audio")
@@ -142,16 +146,16 @@ class MapoTrainer(GRPOTrainer):
         return rewards
 
     def _load_clips(self, rows):
-        """→ input_features [B, mel bins, F] and feature_attention_mask [B, F]."""
-        kind = self.model.config.model_type
-        mels = {path: log_mel(load_clip(Path(path), self.feature_extractor, kind),
-                              self.feature_extractor, kind) for path in {r["audio"] for r in rows}}
+        """→ input_features [B, mel bins, F] and the mask of their frames [B, F]."""
+        family, extractor = self.family, self.feature_extractor
+        mels = {path: log_mel(load_clip(Path(path), extractor, family), extractor, family)
+                for path in {row["audio"] for row in rows}}
         features = [mels[row["audio"]][0].T for row in rows]  # [F, mel bins] each
         counts = torch.tensor([mels[row["audio"]][1] for row in rows])
         features = pad(features).transpose(1, 2)  # [B, mel bins, F]
         mask = (torch.arange(features.shape[2]) < counts[:, None]).long()
         return {"input_features": features.to(self.accelerator.device),
-                "feature_attention_mask": mask.to(self.accelerator.device)}
+                family.mask: mask.to(self.accelerator.device)}
 
     def _tokenize_prompts(self, prompts):
         """TRL's method. The placeholder of a clip is repeated for each of its audio tokens."""
@@ -159,12 +163,12 @@ class MapoTrainer(GRPOTrainer):
         if not self.clips:
             return all_ids, images, {}
         expanded = []
-        for ids, frames in zip(all_ids, self.clips["feature_attention_mask"].sum(dim=1).tolist()):
+        for ids, frames in zip(all_ids, self.clips[self.family.mask].sum(dim=1).tolist()):
             if ids.count(self.audio_token_id) != 1:
                 raise ValueError(f"a prompt renders {ids.count(self.audio_token_id)} audio "
                                  f"placeholders (id {self.audio_token_id}); it must be one")
             at = ids.index(self.audio_token_id)
-            count = audio_token_count(frames, self.model.config.model_type)
+            count = self.family.tokens(frames)
             expanded.append(ids[:at] + [self.audio_token_id] * count + ids[at + 1:])
         return expanded, images, self.clips
 
@@ -193,8 +197,9 @@ class MapoTrainer(GRPOTrainer):
         attention_mask = torch.cat([inputs["prompt_mask"], inputs["completion_mask"]], dim=1)
         length = inputs["completion_ids"].shape[1]  # T
         mask = inputs["completion_mask"] * inputs.get("tool_mask", 1)  # [B, T]
-        arguments = {name: inputs[name] for name in ("input_features", "feature_attention_mask")
-                     if name in inputs}
+        arguments = {}
+        if self.audio_token_id is not None:
+            arguments = {name: inputs[name] for name in ("input_features", self.family.mask)}
         if self.mapo.eta > 0:  # they reach attention.attention_with_mass
             arguments |= {"output_attentions": True, "mass_layers": self.target_layers,
                           "mass_first_row": ids.shape[1] - length - 1,  # it predicts y_1

@@ -22,7 +22,7 @@ from data import InputError
 from pos_gate import pos_gate
 from run import check_policy
 
-FAMILIES = ("qwen3_omni", "qwen2_5_omni", "qwen2_audio")
+FAMILIES = ("qwen3_omni", "qwen2_5_omni", "qwen2_audio", "audioflamingo3", "voxtral", "glm_asr")
 COMPLETIONS = [[5, 6, 7], [8], [9, 10]]  # of the three questions
 ALONE = SimpleNamespace(  # a distributed.Team of one process
     leads=True, rank=0, size=1, mesh=None, group=None, gather=lambda value: [value],
@@ -275,7 +275,7 @@ def test_a_text_model_is_refused(saved, tmp_path):
     saved.policy.tokenizer.save_pretrained(tmp_path)
     saved.policy.feature_extractor.save_pretrained(tmp_path)
     message = error_of(checkpoint.load_policy, tmp_path)
-    assert f"{tmp_path}/config.json: no audio_token_id (qwen2)" in message
+    assert f"{tmp_path}/config.json: qwen2 is a text-only model" in message
 
 
 def test_the_chat_template_may_be_in_a_json_file(copied, saved):

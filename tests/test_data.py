@@ -12,6 +12,7 @@ from transformers import WhisperFeatureExtractor
 
 from data import (LOUDEST, InputError, Question, cache_file, check_clips, conversation,
                   json_lines, load_audio, log_mel, read_avqa, read_questions)
+from families import FAMILIES
 from metrics import continue_log
 
 ROW = {"id": "q1", "audio": "clips/a.wav", "question": "What barks?",
@@ -338,7 +339,8 @@ def test_the_loudest_samples_have_finite_features(tmp_path):
         spike = noise * (np.arange(rate) == 99)[:, None]
         for samples in (noise, np.full((rate, 2), LOUDEST), spike):
             soundfile.write(tmp_path / "a.wav", samples, rate, subtype="DOUBLE")
-            features, _ = log_mel(load_audio(tmp_path / "a.wav"), extractor, "qwen3_omni_moe")
+            features, _ = log_mel(load_audio(tmp_path / "a.wav"), extractor,
+                                  FAMILIES["qwen3_omni_moe_thinker"])
             assert features.isfinite().all()
             soundfile.write(tmp_path / "a.wav", 1.01 * samples, rate, subtype="DOUBLE")
             assert "beyond ±1e+15" in error_of(load_audio, tmp_path / "a.wav")

@@ -20,6 +20,7 @@ from tiny import lines
 import diagnostics
 import model
 from data import load_audio
+from families import FAMILIES
 from plots import draw_acs
 from pos_gate import pos_gate_batch
 
@@ -194,7 +195,7 @@ def test_spans_cover_the_clip(kind):
     for hundredths in range(1, 3501):
         for samples in range(160 * hundredths - 1, 160 * hundredths + 2):
             frames = mel_frames(kind, samples)
-            spans = diagnostics.audio_token_spans(samples, frames, MODEL_TYPES[kind])
+            spans = diagnostics.audio_token_spans(samples, frames, FAMILIES[MODEL_TYPES[kind]])
             assert len(spans) == plain.audio_tokens(kind, frames)
             edges = [start for start, _ in spans] + [samples]
             assert edges[0] == 0 and edges == sorted(edges)
@@ -233,7 +234,7 @@ def test_masking_a_span_changes_its_token(tmp_path, seconds):
     noise = np.random.default_rng(0).uniform(-0.3, 0.3, int(seconds * 16000)).astype(np.float32)
     whole = convolved(policy, noise, tmp_path)
     frames = mel_frames("qwen3_omni", len(noise))
-    spans = diagnostics.audio_token_spans(len(noise), frames, policy.base.config.model_type)
+    spans = diagnostics.audio_token_spans(len(noise), frames, policy.family)
     assert len(spans) == len(whole)
     for j, (start, end) in enumerate(spans):
         if start == end:

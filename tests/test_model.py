@@ -27,7 +27,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 import attention
 import mapo
 import model
-from data import InputError, Question, audio_token_count, clip_tokens
+from data import InputError, Question, clip_tokens
 
 BUILD = {"qwen3_omni": partial(tiny.qwen3_omni, experts="eager"),
          "qwen2_5_omni": tiny.qwen2_5_omni, "qwen2_audio": tiny.qwen2_audio}
@@ -507,7 +507,7 @@ def test_positions_equal_the_models_own(family):
 def test_audio_token_count_equals_the_encoders(family):
     """Frame by frame. Qwen2-Audio's encoder computes its lengths itself."""
     policy, tower = family.policy, family.policy.base.model.audio_tower
-    count = partial(audio_token_count, model_type=policy.base.config.model_type)
+    count = policy.family.tokens
     if family.kind == "qwen2_audio":
         frames = range(1, 3001)
         made = tower._get_feat_extract_output_lengths(torch.tensor(frames))[1].tolist()
@@ -524,12 +524,13 @@ def test_audio_token_count_equals_the_encoders(family):
 
 @pytest.mark.parametrize("kind", ["qwen3_omni", "qwen2_5_omni"])
 def test_audio_token_counts_add_up_over_clips(kind):
-    base = BUILD[kind]().base
+    policy = BUILD[kind]()
     frames = [7, 100, 101, 199, 200, 201, 450, 3000]
     mask = torch.arange(max(frames)) < torch.tensor(frames)[:, None]
     with torch.no_grad():
-        made = base.get_audio_features(torch.zeros(len(frames), 128, max(frames)), mask.long())
-    count = sum(audio_token_count(n, base.config.model_type) for n in frames)
+        features = torch.zeros(len(frames), 128, max(frames))
+        made = policy.base.get_audio_features(features, mask.long())
+    count = sum(map(policy.family.tokens, frames))
     assert count == len(made.last_hidden_state)
 
 
@@ -568,7 +569,7 @@ def test_clip_tokens_are_those_of_the_encoded_clip(family, tmp_path, samples):
     """They are computed from the length alone, and refuse the same lengths."""
     policy, clip = family.policy, tmp_path / "clip.wav"
     soundfile.write(clip, np.zeros(samples), 16000)
-    arguments = samples, policy.feature_extractor, policy.base.config.model_type, clip
+    arguments = samples, policy.feature_extractor, policy.family, clip
     question = Question("x", (clip,), "Which?", ("one", "two"), "two")
     try:
         prompt = policy.encode(question)

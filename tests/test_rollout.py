@@ -85,7 +85,8 @@ def log_probs_of(logits, *, ids_so_far=(), banned=(), temperature=1.0, top_k=0, 
 # ──────── greedy ────────
 
 
-@pytest.mark.parametrize("kind", ["qwen3_omni", "qwen2_5_omni", "qwen2_audio"])
+@pytest.mark.parametrize("kind", ["qwen3_omni", "qwen2_5_omni", "qwen2_audio", "audioflamingo3",
+                                  "voxtral", "glm_asr"])
 def test_greedy_equals_generate(kind, tmp_path):
     """Token by token what transformers' generate writes for the left-padded batch, with the
     placeholders suppressed. All completions of a group are equal."""

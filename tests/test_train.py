@@ -508,7 +508,7 @@ BAD_INPUT = {
     "duplicate id": (lambda t, w: bad(t, w, id="q0"), "bad.jsonl:2: id 'q0' .*bad.jsonl:1;"),
     "no data": (lambda t, w: ["--data", ""], "data is empty"),
     "no model": (lambda t, w: ["--model", t / "nothing"], "nothing: no config.json"),
-    "no audio_token_id": (text_model, "config.json: no audio_token_id"),
+    "a text-only model": (text_model, "config.json: qwen2 is a text-only model"),
     "layers out of range": (lambda t, w: ["--target_layers", "2", "3"],
                             "target_layers: 3 is out of range"),
     "placeholders and features": (two_placeholders,

@@ -5,10 +5,12 @@ import json
 import numpy as np
 import soundfile
 import torch
-from transformers import (Qwen2_5OmniThinkerConfig, Qwen2_5OmniThinkerForConditionalGeneration,
-                          Qwen2AudioConfig, Qwen2AudioForConditionalGeneration, Qwen3Config,
-                          Qwen3ForCausalLM, Qwen3OmniMoeThinkerForConditionalGeneration,
-                          WhisperFeatureExtractor)
+from transformers import (AudioFlamingo3Config, AudioFlamingo3ForConditionalGeneration,
+                          GlmAsrConfig, GlmAsrForConditionalGeneration, Qwen2_5OmniThinkerConfig,
+                          Qwen2_5OmniThinkerForConditionalGeneration, Qwen2AudioConfig,
+                          Qwen2AudioForConditionalGeneration, Qwen3Config, Qwen3ForCausalLM,
+                          Qwen3OmniMoeThinkerForConditionalGeneration, VoxtralConfig,
+                          VoxtralForConditionalGeneration, WhisperFeatureExtractor)
 
 import toy
 from checkpoint import make_policy, save_policy
@@ -110,7 +112,76 @@ def qwen3(tokenizer, seed=0):
         bos_token_id=None)).eval()
 
 
-# Sizes that Qwen2.5-Omni and Qwen2-Audio share.
+def with_tokens(template, *tokens):
+    """The tokenizer with more special tokens, and a chat template that writes them."""
+    tokenizer = build_tokenizer()
+    tokenizer.add_tokens(list(tokens), special_tokens=True)
+    tokenizer.chat_template = CONTENT + template
+    return tokenizer
+
+
+# Renders the parts of a message. The templates below write what the processors of the families
+# write around it: as AudioFlamingo3's converter for the hub, mistral-common 1.13, GLM-ASR's demo.
+CONTENT = """{%- macro content(message, audio) %}
+{%- if message.content is string %}{{- message.content }}{%- else %}
+{%- for item in message.content %}{{- audio if item.type == 'audio' else item.text }}{%- endfor %}
+{%- endif %}{%- endmacro %}"""
+FLAMINGO = """{{- '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}
+{%- for message in messages %}
+{{- '<|im_start|>' + message.role + '\n' + content(message, '<sound>') + '<|im_end|>\n' }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"""
+VOXTRAL = """{{- '<s>' }}
+{%- for message in messages %}
+{%- if message.role == 'user' %}
+{{- '[INST]' + content(message, '[BEGIN_AUDIO][AUDIO]') + '[/INST]' }}
+{%- else %}{{- content(message, '') + '</s>' }}{%- endif %}
+{%- endfor %}"""
+GLM = """{%- for message in messages %}
+{{- '<|' + message.role + '|>\n' }}
+{{- content(message, '<|begin_of_audio|><|pad|><|end_of_audio|>\n') }}
+{%- endfor %}
+{%- if add_generation_prompt %}{{- '<|assistant|>\n' }}{%- endif %}"""
+
+
+def audioflamingo3(seed=0, dtype=torch.float32):
+    tokenizer = with_tokens(FLAMINGO, "<sound>")
+    torch.manual_seed(seed)
+    config = AudioFlamingo3Config(
+        audio_config=dict(AUDIO, model_type="audioflamingo3_encoder"),
+        text_config=dict(TEXT, model_type="qwen2", vocab_size=len(tokenizer)),
+        audio_token_id=tokenizer.convert_tokens_to_ids("<sound>"))
+    model = AudioFlamingo3ForConditionalGeneration(config).to(dtype)
+    return make_policy(model, tokenizer, WhisperFeatureExtractor(feature_size=128))
+
+
+def voxtral(seed=0, dtype=torch.float32):
+    tokenizer = with_tokens(VOXTRAL, "<s>", "</s>", "[INST]", "[/INST]", "[BEGIN_AUDIO]", "[AUDIO]")
+    torch.manual_seed(seed)
+    config = VoxtralConfig(
+        audio_config=dict(AUDIO, model_type="voxtral_encoder", encoder_ffn_dim=4 * 32),
+        text_config=dict(TEXT, model_type="llama", vocab_size=len(tokenizer), head_dim=8,
+                         eos_token_id=tokenizer.eos_token_id),
+        audio_token_id=tokenizer.convert_tokens_to_ids("[AUDIO]"))
+    model = VoxtralForConditionalGeneration(config).to(dtype)
+    return make_policy(model, tokenizer, WhisperFeatureExtractor(feature_size=128))
+
+
+def glm_asr(seed=0, dtype=torch.float32):
+    """Its lm_head is its embeddings."""
+    tokenizer = with_tokens(GLM, "<|user|>", "<|assistant|>", "<|begin_of_audio|>", "<|pad|>",
+                            "<|end_of_audio|>")
+    torch.manual_seed(seed)
+    config = GlmAsrConfig(
+        audio_config=dict(model_type="glmasr_encoder", hidden_size=32, intermediate_size=4 * 32,
+                          num_hidden_layers=1, num_attention_heads=2),
+        text_config=dict(TEXT, model_type="llama", vocab_size=len(tokenizer), eos_token_id=None),
+        audio_token_id=tokenizer.convert_tokens_to_ids("<|pad|>"))
+    model = GlmAsrForConditionalGeneration(config).to(dtype)
+    return make_policy(model, tokenizer, WhisperFeatureExtractor(feature_size=128))
+
+
+# Sizes that all but Qwen3-Omni share.
 AUDIO = dict(d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32,
              num_mel_bins=128)
 TEXT = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,

@@ -167,8 +167,8 @@ def test_clips_encoded_in_an_iteration(world, tmp_path, monkeypatch, flags, froz
     part = run.policy.base.model.audio_tower.layers[0].fc1  # inside of what is recomputed
     part.register_forward_hook(lambda *_: gradients.append(torch.is_grad_enabled()))
     embed = model.audio_embeddings
-    monkeypatch.setattr(model, "audio_embeddings", lambda base, **audio: encoded.append(
-        len(audio["input_features"])) or embed(base, **audio))
+    monkeypatch.setattr(model, "audio_embeddings", lambda base, family, audio: encoded.append(
+        len(audio["input_features"])) or embed(base, family, audio))
     batch = train.sample_batch(0, run)
     verdicts = train.ask_checker(batch, run)
     train.reference_passes(batch, run)

@@ -136,9 +136,9 @@ class Engine:
         import numpy as np
         import soundfile
 
-        from data import Prompt, audio_token_count, log_mel
+        from data import Prompt, log_mel
         policy, features, parts = self.policy, [], []
-        model_type, hop = policy.base.config.model_type, policy.feature_extractor.hop_length
+        family, hop = policy.family, policy.feature_extractor.hop_length
         for part in content:
             if part["type"] == "input_audio":
                 data = io.BytesIO(base64.b64decode(part["input_audio"]["data"]))
@@ -146,7 +146,7 @@ class Engine:
                 if rate != 16000 or samples.ndim != 1 or part["input_audio"]["format"] != "wav":
                     raise ValueError("a clip must be a wav file with one channel of 16 kHz")
                 samples = np.pad(samples, (0, -len(samples) % hop))
-                features.append(log_mel(samples, policy.feature_extractor, model_type))
+                features.append(log_mel(samples, policy.feature_extractor, family))
                 part = {"type": "audio"}
             parts.append(part)
         limit = self.options.limit_mm_per_prompt
@@ -155,7 +155,7 @@ class Engine:
         rendered = policy.tokenizer.apply_chat_template(
             [{"role": "user", "content": parts}], tokenize=True, add_generation_prompt=True,
             return_dict=False)
-        ids, count = [], iter([audio_token_count(frames, model_type) for _, frames in features])
+        ids, count = [], iter([family.tokens(frames) for _, frames in features])
         for token in rendered:
             ids += [token] * (next(count) if token == policy.audio_token_id else 1)
         return Prompt(SimpleNamespace(id="a request"), ids, [], *zip(*features))
