@@ -103,7 +103,8 @@ class MapoTrainer(GRPOTrainer):
                 raise ValueError("feature_extractor is missing: an audio model needs it for clips")
             self.family = family_of(self.model.config, "model")
             if self.family.mask is None:
-                raise ValueError(f"{self.family.name} takes no mask of frames, which this file needs")
+                raise ValueError(f"{self.family.name} takes no mask of frames, but this "
+                                 "file needs one")
         elif self.mapo.eta > 0:
             raise ValueError(f"eta is {self.mapo.eta}, and {type(self.model).__name__} has no "
                              "audio_token_id: set mapo={\"eta\": 0} for a model without audio")
