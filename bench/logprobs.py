@@ -17,7 +17,7 @@ largest value. Memory is the peak beyond inputs and gradients, which all arms ha
 a fresh process, rounds in turn; the last two, the slowest, run once.
 
 The matrix products alone are a lower bound of the time. Ours needs four, because the backward makes
-the logits again; naive needs three. With --device cuda, which has not been run yet, the table adds
+the logits again; naive needs three. With --device cuda the table adds
 this bound for an H100 (989 TFLOP/s, bf16 dense).
 """
 

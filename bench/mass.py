@@ -23,7 +23,7 @@ differs in the last bit between forwards with and without the mass, so that Ï€_Î
 first update is no longer exactly 1; in bf16 the mass is rounded to bf16; and d = 136 may rule out a
 GPU's fast kernels (not measured).
 
-With --device cuda, which has not been run yet, the table adds a lower bound for an H100: the 7
+With --device cuda the table adds a lower bound for an H100: the 7
 causal matrix products of attention, two forward and five backward, at 989 TFLOP/s (bf16 dense).
 """
 

@@ -15,6 +15,7 @@ import json
 import os
 import resource
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -41,6 +42,7 @@ ARMS = {"GRPO": ["--mask", "false", "--eta", "0"], "MAPO": []}
 LAYERS = (25, 26, 27, 28, 29)  # L_tgt of recipe.yaml
 LONGEST = 48  # tokens of a completion, as in recipe.yaml
 AT_ONCE = 64  # questions of a forward
+WINDOW = 10  # steps that a point of the accuracy curve is the mean of
 MASS_QUESTIONS = 200  # held-out questions whose completions a_t is measured on
 
 
@@ -50,6 +52,7 @@ def main(arguments):
     parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="of the training")
     parser.add_argument("--steps", type=int, help="optimizer steps (default: the recipe's)")
     options = parser.parse_args(arguments)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so that the training ends as well
     out, cost = options.out, Costs(options.out / "costs.json")
     out.mkdir(parents=True, exist_ok=True)
     model, questions, aligned = out / "model", out / "questions", out / "aligned"
@@ -116,8 +119,9 @@ def train(runs, model, data, steps):
                 (arm, seed), run = waiting.pop(0)
                 # One progress bar is enough.
                 quiet = {"TQDM_DISABLE": "1"} if running else {}
+                # In a session of its own, Ctrl-C does not reach it: we end it, see below.
                 running[f"{arm}-{seed}"] = subprocess.Popen(
-                    command(run, model, data, arm, seed, steps),
+                    command(run, model, data, arm, seed, steps), start_new_session=True,
                     env={**os.environ, "OMP_NUM_THREADS": "1", **quiet})
             time.sleep(1)
             for name, process in list(running.items()):
@@ -248,17 +252,20 @@ def draw(runs, path):
         metrics = [row for _, row in json_lines(run / "metrics.jsonl")]
         for axis, key in zip(axes, ("accuracy", "audio_mass_max")):
             points = [(row["step"], row[key]) for row in metrics if row.get(key) is not None]
-            if key == "accuracy":  # one step has few questions: the mean of up to five
-                points = [(step, mean(value for _, value in points[max(0, i - 4):i + 1]))
-                          for i, (step, _) in enumerate(points)]
+            if key == "accuracy":  # a step has only eight questions
+                points = [(step, mean(value for _, value in points[i + 1 - WINDOW:i + 1]))
+                          for i, (step, _) in enumerate(points) if i + 1 >= WINDOW]
+            if not points:  # a run of fewer steps
+                continue
             axis.plot(*zip(*points), color=f"C{list(ARMS).index(arm)}", alpha=0.8,
                       linestyle=("-", "--", ":", "-.")[seed % 4],
                       label=f"{arm}, seed {seed}")
-    for axis, title in zip(axes, ("Accuracy of sampled answers (mean of 5 steps)",
+    for axis, title in zip(axes, (f"Accuracy of sampled answers (mean of {WINDOW} steps)",
                                   "$a_t$, mean over all tokens")):
         axis.set_title(title, fontsize=10)
         axis.set_xlabel("optimizer step")
-        axis.legend(fontsize=8)
+    axes[1].set_ylim(bottom=0)
+    axes[1].legend(fontsize=8)
     figure.savefig(path, dpi=120)
 
 
