@@ -98,11 +98,12 @@ def family_of(config, where):
                          "which is not supported: log-probs would be wrong; model.logit_block and "
                          f"TokenStatistics would have to apply it. Supported are {_names()}")
     if kind not in FAMILIES:
-        lacks = "an entry in families.py, tested against eager attention and its own processor"
+        needs = "an entry in families.py, tested against eager attention and its own processor"
         if text is config:
-            lacks += ("; and its decoder has no text_config, so our attention function would have "
+            needs += ("; and its decoder has no text_config, so our attention function would have "
                       "to be set in another way: by itself it would silently keep sdpa")
-        raise InputError(f"{where}: {kind} is not supported, but {_names()}; it needs {lacks}")
+        raise InputError(f"{where}: {kind} is not supported; supported are {_names()}. It would "
+                         f"need {needs}")
     if not has["audio_token_id"]:
         raise InputError(f"{where}: no audio_token_id; copy config.json from the original "
                          "checkpoint")
