@@ -202,6 +202,28 @@ def test_the_run_continues_where_it_stopped(tmp_path):
     assert "--resume" in real.command(tmp_path, *arguments)
 
 
+def test_runs_of_another_length_have_their_own_folders(tmp_path, monkeypatch):
+    """Else a finished run of 28 steps would be reported as one of 150."""
+    asked = []
+    for name in ("build", "write_questions", "align"):
+        monkeypatch.setattr(real, name, lambda *arguments: arguments[-1].mkdir())
+    monkeypatch.setattr(real, "evaluate", lambda model, test, file: file.write_text("{}"))
+    monkeypatch.setattr(real, "train", lambda runs, *_: asked.append(set(runs.values())) or ["x"])
+    for flags in ([], ["--steps", "150"], ["--steps", "200"]):
+        assert real.main(["--out", str(tmp_path), *flags]) == 1
+    assert asked[0] == {tmp_path / "GRPO-0", tmp_path / "MAPO-0"}
+    assert len(set.union(*asked)) == 6
+
+
+def test_a_run_that_leaves_no_checkpoint_has_failed(tmp_path, monkeypatch):
+    """train.py returns 0 when it is ended with SIGTERM, after it has saved its state."""
+    does = {"good": "import os; os.makedirs('{}/checkpoint')", "ended": "", "bad": "1 / 0"}
+    monkeypatch.setattr(real, "command", lambda run, *_: [
+        sys.executable, "-c", does[run.name].format(run)])
+    runs = {("MAPO", seed): tmp_path / name for seed, name in enumerate(does)}
+    assert sorted(real.train(runs, "model", "data", None)) == ["bad", "ended"]
+
+
 @pytest.mark.slow
 def test_the_whole_run_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     """All parts after one another; both arms are real processes of train.py."""
@@ -220,7 +242,6 @@ def test_the_whole_run_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(real, "LAYERS", (1, 2))
     monkeypatch.setattr(real, "command", lambda *a, command=real.command: [
         *command(*a), "--target_layers", "1", "2", "--generation_batch_size", "16"])
-    monkeypatch.setattr(align, "STEPS", 2)
     monkeypatch.setattr(align.align, "__defaults__", (2, 8, 0))
     arguments = ["--out", str(tmp_path / "real"), "--steps", "2"]
     assert real.main(arguments) == 0
@@ -232,7 +253,7 @@ def test_the_whole_run_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     measured = json.loads((tmp_path / "real" / "aligned.json").read_text())
     assert len(read_questions(tmp_path / "real" / "questions" / "test.jsonl")) == 16
     for arm in real.ARMS:
-        assert len(tiny.lines(tmp_path / "real" / f"{arm}-0" / "metrics.jsonl")) == 2
+        assert len(tiny.lines(tmp_path / "real" / f"{arm}-0-2-steps" / "metrics.jsonl")) == 2
     assert 0 < measured["mass"]["all"] < 1
     capsys.readouterr()
     assert real.main(arguments) == 0  # everything is there

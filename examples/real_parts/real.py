@@ -1,12 +1,12 @@
 """GRPO and MAPO on a small audio LLM of real pretrained parts: `make real`.
 
     python examples/real_parts/real.py                       # seed 0, two arms at the same time
-    python examples/real_parts/real.py --seeds 0 1 --steps 200
+    python examples/real_parts/real.py --seeds 0 1 --steps 150
 
 builds the model (build.py), writes the questions (questions.py), aligns the model (align.py),
 trains it with train.py, and measures each model on the held-out questions. Every part is kept in
 the output folder. A second call continues where the first one stopped: finished parts are not done
-again, and training resumes from its last state.
+again, and training resumes from its last state. Runs with --steps have folders of their own.
 """
 
 import argparse
@@ -33,14 +33,16 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
 from checkpoint import load_policy, states_in  # noqa: E402
+from config import read_recipe  # noqa: E402
 from data import json_lines, read_questions, write_whole  # noqa: E402
 from mapo import audio_attention_mass  # noqa: E402
 from rewards import accuracy_reward  # noqa: E402
 from rollout import Sampling, sample  # noqa: E402
 
 ARMS = {"GRPO": ["--mask", "false", "--eta", "0"], "MAPO": []}
-LAYERS = (25, 26, 27, 28, 29)  # L_tgt of recipe.yaml
-LONGEST = 48  # tokens of a completion, as in recipe.yaml
+RECIPE = read_recipe(HERE / "recipe.yaml")
+LAYERS = tuple(RECIPE["target_layers"])  # L_tgt
+LONGEST = RECIPE["max_new_tokens"]  # tokens of a completion
 AT_ONCE = 64  # questions of a forward
 WINDOW = 10  # steps that a point of the accuracy curve is the mean of
 MASS_QUESTIONS = 200  # held-out questions whose completions a_t is measured on
@@ -62,10 +64,12 @@ def main(arguments):
     cost.part("alignment", aligned, lambda folder: align(model, questions / "train.jsonl", folder))
     cost.part("evaluation of the alignment", out / "aligned.json",
               lambda file: evaluate(aligned, test, file))
-    runs = {(arm, seed): out / f"{arm}-{seed}" for arm in ARMS for seed in options.seeds}
+    ending = f"-{options.steps}-steps" if options.steps else ""
+    runs = {(arm, seed): out / f"{arm}-{seed}{ending}" for arm in ARMS for seed in options.seeds}
     failed = train(runs, aligned, questions / "train.jsonl", options.steps)
     if failed:
-        print(f"error: {', '.join(failed)} failed; see above", file=sys.stderr)
+        print(f"error: {', '.join(failed)} failed or was stopped; see above, then call again to "
+              "continue", file=sys.stderr)
         return 1
     for (arm, seed), run in runs.items():
         cost.part(f"evaluation of {arm}, seed {seed}", run / "held_out.json",
@@ -109,7 +113,7 @@ def peak_gib():
 
 def train(runs, model, data, steps):
     """Trains the runs that have no checkpoint, one thread each, as many at a time as there are
-    cores; on a GPU all at once. → the names of those that failed"""
+    cores; on a GPU all at once. → the folders' names of those that left no checkpoint"""
     waiting = [(name, run) for name, run in runs.items() if not (run / "checkpoint").exists()]
     at_once = len(waiting) if torch.cuda.is_available() else os.cpu_count()
     running, failed = {}, []
@@ -120,13 +124,16 @@ def train(runs, model, data, steps):
                 # One progress bar is enough.
                 quiet = {"TQDM_DISABLE": "1"} if running else {}
                 # In a session of its own, Ctrl-C does not reach it: we end it, see below.
-                running[f"{arm}-{seed}"] = subprocess.Popen(
+                running[run] = subprocess.Popen(
                     command(run, model, data, arm, seed, steps), start_new_session=True,
                     env={**os.environ, "OMP_NUM_THREADS": "1", **quiet})
             time.sleep(1)
-            for name, process in list(running.items()):
+            for run, process in list(running.items()):
                 if process.poll() is not None:
-                    failed += [name] if running.pop(name).returncode else []
+                    del running[run]
+                    # train.py also returns 0 when somebody ended it with SIGTERM.
+                    if process.returncode or not (run / "checkpoint").exists():
+                        failed.append(run.name)
     finally:
         for process in running.values():
             process.terminate()  # train.py finishes its step and saves its state
@@ -170,7 +177,7 @@ def evaluate(folder, test, file, texts_from=None):
     if texts_from:
         ids = json.loads(texts_from.read_text())["completions"]
     masses = audio_masses(policy, questions[:MASS_QUESTIONS], ids)
-    # The last third, as metrics.py counts it.
+    # The last third, rounded up. (metrics.py rounds it down.)
     late = [x for mass in masses for x in mass[2 * len(mass) // 3:]]
     file.write_text(json.dumps({
         "accuracy": accuracy, "mass": {"all": mean(x for mass in masses for x in mass),
