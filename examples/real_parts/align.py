@@ -45,7 +45,7 @@ def align(model, file, out, steps=STEPS, clips=CLIPS, seed=0):
     prompts = [policy.encode(q) for q in tqdm(questions, desc="align: features")]
     features = encode(policy, prompts)
     start_projection(policy, features, [heard[q.id] for q in questions])
-    finetune(policy, questions, prompts, features, heard, steps, rng)
+    finetune(policy, questions, features, heard, steps, rng)
     save_policy(policy, out)
 
 
@@ -81,7 +81,7 @@ def start_projection(policy, features, heard):
     projection.bias.copy_(mean - weight @ centre)
 
 
-def finetune(policy, questions, prompts, features, heard, steps, rng):
+def finetune(policy, questions, features, heard, steps, rng):
     """Cross-entropy of demonstrations; AdamW with a warm-up and a linear decay to 0."""
     projection = policy.base.model.multi_modal_projector
     policy.requires_grad_(True)
@@ -97,8 +97,9 @@ def finetune(policy, questions, prompts, features, heard, steps, rng):
         asked, texts = [], []
         for i in chosen:
             question, text = demonstrate(questions[i], heard[questions[i].id], with_audio, rng)
-            asked.append(retold(policy, prompts[i], question, projection(
-                features[i].to(policy.device))))
+            embeddings = projection(features[i].to(policy.device))  # [audio tokens, D]
+            asked.append(dataclasses.replace(policy.encode(question), features=(),
+                                             embeddings=embeddings))
             texts.append(text)
         eos = [policy.tokenizer.eos_token_id]
         ids = [tokens + eos for tokens in policy.tokenizer(texts)["input_ids"]]
@@ -129,11 +130,6 @@ def demonstrate(question, names, with_audio, rng):
     asked = dataclasses.replace(question, question=text, choices=tuple(map(str, options)),
                                 answer=answer)
     return asked, f"<think> {said} So the answer is {answer}.</think> {answer}"
-
-
-def retold(policy, prompt, question, embeddings):
-    """The prompt of another question about the same clip, with its embeddings [audio tokens, D]."""
-    return dataclasses.replace(policy.encode(question), features=(), embeddings=embeddings)
 
 
 if __name__ == "__main__":
