@@ -34,7 +34,7 @@ from transformers import PreTrainedTokenizerBase
 from trl import GRPOTrainer
 from trl.trainer.utils import add_fused_lm_head, pad
 
-import attention  # noqa: F401 (registers the attention function "audio_mass")
+from attention import layer_masses  # the import also registers the function "audio_mass"
 from data import load_clip, log_mel
 from families import family_of
 from mapo import MapoConfig, audio_attention_mass, differential_entropy, mapo_loss
@@ -207,8 +207,9 @@ class MapoTrainer(GRPOTrainer):
                           "mass_keys": ids == self.audio_token_id}
         logp, entropy = self._forward(model, ids, attention_mask, length, arguments)
         audio_mass = None
-        if self.mapo.eta > 0:  # [L, B, H, T] → a_t; the last position, y_T, predicts nothing
-            audio_mass = audio_attention_mass(torch.stack(self.head_mass)[..., :length])
+        if self.mapo.eta > 0:  # the last position, y_T, predicts nothing
+            masses = layer_masses(self.head_mass, self.target_layers)  # [L, B, H, T+1]
+            audio_mass = audio_attention_mass(masses[..., :length])
             self.head_mass = None  # frees the graph after the backward
         parts = mapo_loss(
             logp=logp, old_logp=inputs.get("old_per_token_logps"),
