@@ -84,8 +84,8 @@ def sizes_of(policy, config, gpus, audio_seconds=30):
 
     window = policy.feature_extractor.chunk_length
     if policy.family.one_window and audio_seconds > window:
-        raise InputError(f"audio_seconds is {audio_seconds}, but {policy.family.name} takes at "
-                         f"most {window} s")
+        raise InputError(f"--audio_seconds is {audio_seconds}, but this {policy.family.name} takes "
+                         f"at most {window} s, one window of its encoder; give that or less")
     s.audio = policy.family.tokens(100 * audio_seconds)
     s.prompt = PROMPT_TEXT + s.audio  # L
     s.longest = s.prompt + config.max_new_tokens

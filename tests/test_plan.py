@@ -119,6 +119,14 @@ def test_plan_divides_what_is_sharded(big, more):
 # ──────── one GPU ────────
 
 
+def test_a_clip_beyond_the_encoders_window_is_refused(audio_7b, capsys):
+    flags = ["--model", audio_7b, "--data", "x", "--audio_seconds", 31]
+    planned(capsys, *flags[:-1], 30)
+    assert plan.main(list(map(str, flags))) == 2
+    assert "--audio_seconds is 31, but this Qwen2-Audio takes at most 30 s" in (
+        capsys.readouterr().err)
+
+
 def test_one_gpu(omni_3b, audio_7b, capsys):
     """LoRA on the 3B model fits 24 GiB, and 48 with vLLM beside it; full fine-tuning fits 80.
     Qwen2-Audio-7B with LoRA fits 48, with vLLM 80; full fine-tuning does not fit."""
