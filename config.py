@@ -247,11 +247,11 @@ def read_config(arguments, description=None):
 
 
 def ask_as_in_training(options):
-    """Fills options.instruction and options.format_style, where they are None, and prints them.
+    """Fills options.instruction and options.format_style, where they are None.
 
     They are those of the run that wrote the checkpoint options.model, if its config.yaml is beside
-    the checkpoint, else "" and "think". Several models (a dict) are asked alike. Raises InputError
-    if their runs differ.
+    the checkpoint, else "" and "think". Prints a value that is not one of these two. Several
+    models (a dict) are asked alike. Raises InputError if their runs differ.
     """
     fields = {"instruction": "", "format_style": "think"}
     missing = [name for name in fields if getattr(options, name) is None]

@@ -423,7 +423,7 @@ def log_mel(samples, extractor, family):
     A frame is 10 ms. One clip at a time, so that the features do not depend on other clips of a
     batch.
     """
-    padding = {"padding": "max_length" if family.one_window else True}
     output = extractor(samples, sampling_rate=SAMPLE_RATE, return_tensors="pt", truncation=False,
-                       return_attention_mask=True, **padding)
+                       padding="max_length" if family.one_window else True,
+                       return_attention_mask=True)
     return output["input_features"][0], int(output["attention_mask"].sum())
