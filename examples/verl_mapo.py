@@ -1,16 +1,17 @@
 """MAPO in verl: the policy loss L_PG(ω̃) of Eq. 2, in verl's registry, and ω̃ for the batch.
 
-    # verl 0.9.1; PYTHONPATH holds the repository and its examples/
-    VERL_USE_EXTERNAL_MODULES=verl_mapo python -m verl.trainer.main_ppo
-        actor_rollout_ref.actor.policy_loss.loss_mode=mapo
-        actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
-        actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0.002
+    # Settings of verl 0.9.1; PYTHONPATH holds the repository and its examples/
+    export VERL_USE_EXTERNAL_MODULES=verl_mapo
+    actor_rollout_ref.actor.policy_loss.loss_mode=mapo
+    actor_rollout_ref.actor.loss_agg_mode=seq-mean-token-mean
+    actor_rollout_ref.actor.use_kl_loss=True actor_rollout_ref.actor.kl_loss_coef=0.002
 
 The last line is β·L_KL: verl adds it itself, and its low_var_kl (the default) is k3.
 
 verl calls a registered loss with log-probabilities, advantages, a mask and `rollout_is_weights`.
 There is no slot for ω̃, so it travels as `rollout_is_weights`. That slot belongs to verl's rollout
-correction, which must be off. Your trainer calls add_relevance_mask(batch, MapoConfig()) once per
+correction, which must be off. verl's own trainer does not compute ω̃, so the settings alone end in
+an error: derive a trainer from it that calls add_relevance_mask(batch, MapoConfig()) once per
 generation batch, after verl has computed the log-probabilities of π_old. The batch then needs
     entropys            H(π_old(·|y_<t, x)), which verl's _compute_old_log_prob returns
     text_ref_entropys   H(π_text-ref(·|y_<t, x_text)): a pass of the reference worker on the prompts
