@@ -150,7 +150,7 @@ def test_clips_that_do_not_fit_the_model_are_listed(tmp_path):
         check_policy(policy, [good, *wrong], (0,))
     too_short, too_long = str(error.value).split("\n")
     assert too_short.startswith(f"a.jsonl:3: question w3: {good.audio[0]}: 0.060 s is too short")
-    assert too_long.startswith(f"a.jsonl:6: question w6: {good.audio[0]}: 30.0 s, but Qwen2-Aud")
+    assert too_long.startswith(f"a.jsonl:6: question w6: {good.audio[0]}: 30.0 s, but this Qwen2-A")
 
 
 def test_clips_that_fill_the_models_context_are_refused(one_tiny):
