@@ -55,7 +55,7 @@ def sizes_of(policy, config, gpus, audio_seconds=30):
     s.parameters, s.trained = count(parameters), count(trained(parameters))
     s.exported = s.parameters - (s.trained if config.lora_rank else 0)  # adapters are merged
     s.shard, s.trained_shard = shard_size(parameters), shard_size(trained(parameters))
-    s.frozen_width = 2 if policy.saved_dtype == torch.bfloat16 else 4  # bytes, see run.narrow_frozen
+    s.frozen_width = 2 if policy.saved_dtype == torch.bfloat16 else 4  # bytes: run.narrow_frozen
     inner, unit_sizes = set(), {}
     for module in units(policy):  # inner ones first: a unit excludes what its inner units hold
         own = [p for p in module.parameters() if id(p) not in inner]
