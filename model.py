@@ -153,10 +153,10 @@ class Policy(torch.nn.Module):
         Raises InputError when it renders another number of them, for a control token in the texts,
         and as data.load_clip does.
         """
-        try:
-            self.refuse_control_tokens(question, instruction)
-        except InputError as error:
-            raise InputError(f"question {question.id}: {error}") from error
+        self.refuse_control_tokens(f"question {question.id}: ", question=question.question,
+                                   choices="\n".join(question.choices))
+        # It may name the format tags.
+        self.refuse_control_tokens("", instruction=FORMAT_TAG.sub(" ", instruction))
         features, frames = zip(*(log_mel(self.load_clip(path), self.feature_extractor, self.family)
                                  for path in question.audio))
         rendered = self._render(question, instruction, with_audio=True)
@@ -193,17 +193,15 @@ class Policy(torch.nn.Module):
         """How many placeholders the clips of a prompt need."""
         return sum(map(self.family.tokens, prompt.frames))
 
-    def refuse_control_tokens(self, question, instruction=""):
-        """Raises InputError where a text contains what the tokenizer reads as a control token.
+    def refuse_control_tokens(self, where, **fields):
+        """Raises InputError, which begins with `where`, for a control token in a field's text.
 
-        Chat templates do not escape the texts. An instruction may name the format tags.
+        Chat templates do not escape the texts.
         """
-        texts = {"question": question.question, "choices": "\n".join(question.choices),
-                 "instruction": FORMAT_TAG.sub(" ", instruction)}
-        for name, text in texts.items():
+        for name, text in fields.items():
             if found := self.control_tokens.search(text):
-                raise InputError(f"field {name!r} contains {found[0]}, a control token of the "
-                                 "tokenizer; remove it")
+                raise InputError(f"{where}field {name!r} contains {found[0]}, a control token of "
+                                 "the tokenizer; remove it")
 
     @cached_property
     def control_tokens(self):

@@ -87,6 +87,7 @@ def sizes_of(policy, config, gpus, audio_seconds=30):
         raise InputError(f"--audio_seconds is {audio_seconds}, but this {policy.family.name} takes "
                          f"at most {window} s, one window of its encoder; give that or less")
     s.audio = policy.family.tokens(100 * audio_seconds)
+    s.feature_seconds = window if policy.family.one_window else audio_seconds  # padded clips
     s.prompt = PROMPT_TEXT + s.audio  # L
     s.longest = s.prompt + config.max_new_tokens
     s.questions = config.generation_batch_size // config.group_size
@@ -157,7 +158,7 @@ def host_memory(s, config):
 
 def disk(s, config):
     """→ bytes by name under output_dir."""
-    mel = s.questions * s.audio_seconds * MEL_BYTES
+    mel = s.questions * s.feature_seconds * MEL_BYTES
     clips = s.embeddings if config.audio_tower_is_frozen else mel  # what the saved batch holds
     state = 12 * s.trained + clips if config.save_every else 0
     push = 2 * s.exported if config.rollout == "vllm" else 0

@@ -218,7 +218,8 @@ def _misfit(question, policy):
     where += f"question {question.id}"
     tokens = 0
     try:
-        policy.refuse_control_tokens(question)
+        policy.refuse_control_tokens("", question=question.question,
+                                     choices="\n".join(question.choices))
         for clip, samples in zip(question.audio, question.samples):
             tokens += clip_tokens(samples, policy.feature_extractor, policy.family, clip)
     except InputError as error:

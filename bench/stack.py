@@ -59,7 +59,7 @@ def main():
     config = TrainConfig(target_layers=list(range(flags.layers)), micro_batch_tokens=flags.tokens,
                          micro_batch_size=0)
     audio = min(AUDIO, flags.tokens // 8)
-    with distributed._alone(device, backend) as team:
+    with distributed.team_of_one(device, backend) as team:
         policy, reference = models(flags, config, team)
         planned, sizes = plan(policy, config, gpus=1)
         batch = make_batch(policy, flags.tokens, audio, config.max_new_tokens).to(device)

@@ -111,7 +111,7 @@ class MapoTrainer(GRPOTrainer):
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {
             "eval_dataset": self.eval_dataset}
         for name, rows in {"train_dataset": self.train_dataset, **held_out}.items():
-            missing = columns - next(iter(rows)).keys() if rows is not None else ()
+            missing = columns - set(rows.column_names) if rows is not None else ()
             if missing:
                 raise ValueError(f"{name} lacks the column {', '.join(sorted(missing))}")
 

@@ -36,7 +36,7 @@ def world(tmp_path_factory):
 @pytest.fixture
 def team():
     """The Team of a process with one GPU."""
-    with distributed._alone(DEVICE, "nccl") as team:
+    with distributed.team_of_one(DEVICE, "nccl") as team:
         yield team
     assert not dist.is_initialized()
 

@@ -181,7 +181,7 @@ def glm_asr(seed=0, dtype=torch.float32):
     return make_policy(model, tokenizer, WhisperFeatureExtractor(feature_size=128))
 
 
-# Sizes that all but Qwen3-Omni share.
+# Sizes that most of them share.
 AUDIO = dict(d_model=32, encoder_layers=1, encoder_attention_heads=2, encoder_ffn_dim=32,
              num_mel_bins=128)
 TEXT = dict(hidden_size=32, intermediate_size=32, num_hidden_layers=3, num_attention_heads=4,

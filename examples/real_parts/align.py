@@ -133,4 +133,6 @@ def demonstrate(question, names, with_audio, rng):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 4:
+        sys.exit("usage: align.py MODEL QUESTIONS.jsonl OUT")
     align(*map(Path, sys.argv[1:4]))

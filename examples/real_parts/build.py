@@ -162,4 +162,6 @@ def ctranslate2_tensors(path):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: build.py FOLDER")
     build(Path(sys.argv[1]))

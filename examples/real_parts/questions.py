@@ -102,4 +102,6 @@ def play(preset, key, synth, font, rng):
 
 
 if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: questions.py FOLDER")
     write_questions(Path(sys.argv[1]))

@@ -350,7 +350,7 @@ def test_a_process_with_a_gpu_joins_alone(joining):
 @pytest.fixture
 def gpu():
     """The Team of a process with one GPU, with gloo on the CPU in its place."""
-    with distributed._alone(torch.device("cpu"), "gloo") as team:
+    with distributed.team_of_one(torch.device("cpu"), "gloo") as team:
         yield team
     assert not dist.is_initialized()
 
