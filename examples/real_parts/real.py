@@ -66,7 +66,9 @@ def main(arguments):
               lambda file: evaluate(aligned, test, file))
     ending = f"-{options.steps}-steps" if options.steps else ""
     runs = {(arm, seed): out / f"{arm}-{seed}{ending}" for arm in ARMS for seed in options.seeds}
+    started = time.time()
     failed = train(runs, aligned, questions / "train.jsonl", options.steps)
+    cost.add("training", time.time() - started, peak_gib(resource.RUSAGE_CHILDREN))
     if failed:
         print(f"error: {', '.join(failed)} failed or was stopped; see above, then call again to "
               "continue", file=sys.stderr)
@@ -97,15 +99,20 @@ class Costs:
         shutil.rmtree(building, ignore_errors=True)
         make(building)
         building.rename(path)
-        seconds, gib = time.time() - started, peak_gib()
+        self.add(name, time.time() - started, peak_gib(resource.RUSAGE_SELF))
+
+    def add(self, name, seconds, gib):
+        """Adds to what earlier calls spent on the same part."""
         costs = json.loads(self.file.read_text()) if self.file.is_file() else {}
-        write_whole(self.file, json.dumps({**costs, name: [round(seconds), round(gib, 2)]}))
+        before = costs.get(name, [0, 0])
+        costs[name] = [round(before[0] + seconds), round(max(before[1], gib), 2)]
+        write_whole(self.file, json.dumps(costs))
         print(f"{name}: {seconds / 60:.1f} minutes, at most {gib:.1f} GiB so far")
 
 
-def peak_gib():
-    """The highest resident memory of this process so far."""
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+def peak_gib(who):
+    """The highest resident memory so far: of this process, or of the largest of its children."""
+    return resource.getrusage(who).ru_maxrss / 2**20
 
 
 # ──────── training ────────
