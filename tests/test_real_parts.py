@@ -4,6 +4,7 @@ import dataclasses
 import json
 import struct
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -237,12 +238,12 @@ def test_the_whole_run_on_a_tiny_model(tmp_path, monkeypatch, capsys):
                 lines.append(json.dumps(row) + "\n")
             (folder / f"{split}.jsonl").write_text("".join(lines))
 
-    monkeypatch.setattr(real, "build", lambda folder: save_policy(tiny.qwen2_audio(), folder))
-    monkeypatch.setattr(real, "write_questions", write)
+    parts = {"build.py": lambda folder: save_policy(tiny.qwen2_audio(), folder),
+             "questions.py": write, "align.py": partial(align.align, steps=2, clips=8)}
+    monkeypatch.setattr(real, "script", lambda name, *arguments: parts[name](*arguments))
     monkeypatch.setattr(real, "LAYERS", (1, 2))
     monkeypatch.setattr(real, "command", lambda *a, command=real.command: [
         *command(*a), "--target_layers", "1", "2", "--generation_batch_size", "16"])
-    monkeypatch.setattr(align.align, "__defaults__", (2, 8, 0))
     arguments = ["--out", str(tmp_path / "real"), "--steps", "2"]
     assert real.main(arguments) == 0
     table = (tmp_path / "real" / "report.md").read_text().splitlines()
@@ -258,3 +259,9 @@ def test_the_whole_run_on_a_tiny_model(tmp_path, monkeypatch, capsys):
     capsys.readouterr()
     assert real.main(arguments) == 0  # everything is there
     assert capsys.readouterr().out.count("is there") == 6
+
+
+def test_a_script_that_fails_ends_the_run(capfd):
+    with pytest.raises(SystemExit, match="align.py failed"):
+        real.script("align.py", "only one argument")
+    assert "usage: align.py MODEL" in capfd.readouterr().err

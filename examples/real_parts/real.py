@@ -25,10 +25,6 @@ import torch
 from matplotlib.figure import Figure
 from tqdm import tqdm
 
-from align import align
-from build import build
-from questions import write_questions
-
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT))
@@ -59,16 +55,17 @@ def main(arguments):
     out.mkdir(parents=True, exist_ok=True)
     model, questions, aligned = out / "model", out / "questions", out / "aligned"
     test = questions / "test.jsonl"
-    cost.part("model", model, lambda folder: build(folder))
-    cost.part("questions", questions, lambda folder: write_questions(folder))
-    cost.part("alignment", aligned, lambda folder: align(model, questions / "train.jsonl", folder))
+    cost.part("model", model, lambda folder: script("build.py", folder))
+    cost.part("questions", questions, lambda folder: script("questions.py", folder))
+    cost.part("alignment", aligned, lambda folder: script(
+        "align.py", model, questions / "train.jsonl", folder))
     cost.part("evaluation of the alignment", out / "aligned.json",
               lambda file: evaluate(aligned, test, file))
     ending = f"-{options.steps}-steps" if options.steps else ""
     runs = {(arm, seed): out / f"{arm}-{seed}{ending}" for arm in ARMS for seed in options.seeds}
     started = time.time()
     failed = train(runs, aligned, questions / "train.jsonl", options.steps)
-    cost.add("training", time.time() - started, peak_gib(resource.RUSAGE_CHILDREN))
+    cost.add("training", time.time() - started)
     if failed:
         print(f"error: {', '.join(failed)} failed or was stopped; see above, then call again to "
               "continue", file=sys.stderr)
@@ -85,7 +82,7 @@ def main(arguments):
 
 
 class Costs:
-    """Runs the parts that are not there yet, and keeps their seconds and peak memory in a file."""
+    """Runs the parts that are not there yet, and keeps their seconds and memory in a file."""
 
     def __init__(self, file):
         self.file = file
@@ -99,20 +96,24 @@ class Costs:
         shutil.rmtree(building, ignore_errors=True)
         make(building)
         building.rename(path)
-        self.add(name, time.time() - started, peak_gib(resource.RUSAGE_SELF))
+        self.add(name, time.time() - started)
 
-    def add(self, name, seconds, gib):
+    def add(self, name, seconds):
         """Adds to what earlier calls spent on the same part."""
+        gib = max(resource.getrusage(who).ru_maxrss / 2**20
+                  for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
         costs = json.loads(self.file.read_text()) if self.file.is_file() else {}
         before = costs.get(name, [0, 0])
         costs[name] = [round(before[0] + seconds), round(max(before[1], gib), 2)]
         write_whole(self.file, json.dumps(costs))
-        print(f"{name}: {seconds / 60:.1f} minutes, at most {gib:.1f} GiB so far")
+        print(f"{name}: {seconds / 60:.1f} minutes; the largest process so far, {gib:.1f} GiB")
 
 
-def peak_gib(who):
-    """The highest resident memory so far: of this process, or of the largest of its children."""
-    return resource.getrusage(who).ru_maxrss / 2**20
+def script(name, *arguments):
+    """Runs a file of this folder in a process of its own, which gives its memory back."""
+    done = subprocess.run([sys.executable, HERE / name, *map(str, arguments)])
+    if done.returncode:
+        sys.exit(f"error: {name} failed; see above")
 
 
 # ──────── training ────────
