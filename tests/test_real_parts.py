@@ -206,8 +206,7 @@ def test_the_run_continues_where_it_stopped(tmp_path):
 def test_runs_of_another_length_have_their_own_folders(tmp_path, monkeypatch):
     """Else a finished run of 28 steps would be reported as one of 150."""
     asked = []
-    for name in ("build", "write_questions", "align"):
-        monkeypatch.setattr(real, name, lambda *arguments: arguments[-1].mkdir())
+    monkeypatch.setattr(real, "script", lambda name, *arguments: arguments[-1].mkdir())
     monkeypatch.setattr(real, "evaluate", lambda model, test, file: file.write_text("{}"))
     monkeypatch.setattr(real, "train", lambda runs, *_: asked.append(set(runs.values())) or ["x"])
     for flags in ([], ["--steps", "150"], ["--steps", "200"]):
