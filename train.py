@@ -60,8 +60,10 @@ def train(config):
         with open_run(config, team) as run, open_log(config, team, run.steps_done) as log:
             if run.eval_questions and not run.steps_done:
                 log("evaluation.jsonl", held_out_accuracy(run, 0))
+            # Without `disable`, the environment's TQDM_DISABLE decides.
+            hidden = {} if team.leads else {"disable": True}
             with tqdm(desc="train", total=config.max_steps, initial=run.steps_done,
-                      disable=not team.leads) as bar:
+                      **hidden) as bar:
                 finished = algorithm_1(run, log, bar)
             if not finished:  # stopped by SIGTERM, to be resumed
                 return
