@@ -111,7 +111,10 @@ class MapoTrainer(GRPOTrainer):
         held_out = self.eval_dataset if isinstance(self.eval_dataset, dict) else {
             "eval_dataset": self.eval_dataset}
         for name, rows in {"train_dataset": self.train_dataset, **held_out}.items():
-            missing = columns - set(rows.column_names) if rows is not None else ()
+            if rows is None:
+                continue
+            # A streamed data set may not know its columns before the first row.
+            missing = columns - set(rows.column_names or next(iter(rows)))
             if missing:
                 raise ValueError(f"{name} lacks the column {', '.join(sorted(missing))}")
 
