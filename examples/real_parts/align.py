@@ -34,14 +34,14 @@ WITHOUT_AUDIO = 0.1  # share of the demonstrations
 CLIPS_AT_ONCE = 8  # in a forward of the encoder
 
 
-def align(model, file, out, steps=STEPS, clips=CLIPS, seed=0):
+def align(model, file, out, steps=STEPS, clips=CLIPS):
     """Writes an aligned copy of the model to `out`. Deterministic on one machine."""
     policy = load_policy(model)
     if torch.cuda.is_available():
         policy.cuda()
     questions = read_questions(file)[:clips]
     heard = {row["id"]: row["heard"] for _, row in json_lines(file)}
-    rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(0)
     prompts = [policy.encode(q) for q in tqdm(questions, desc="align: features")]
     features = encode(policy, prompts)
     start_projection(policy, features, [heard[q.id] for q in questions])

@@ -27,7 +27,7 @@ from transformers import (AutoModelForCausalLM, AutoTokenizer, GenerationConfig,
 AUDIO_TOKENS = ("<|AUDIO|>", "<|audio_bos|>", "<|audio_eos|>")  # Qwen2-Audio's names
 MEL_BINS, WIDTH, HEADS, FFN = 80, 384, 6, 1536  # of Whisper tiny
 # Whisper's window is 30 s. Audio tokens do not attend to the padding, so a window that just holds
-# our clips gives the same tokens (a test checks it), and the encoder takes a tenth of the time.
+# our clips gives the same tokens (a test checks it), and the encoder is several times faster.
 WINDOW = 2  # seconds
 POSITIONS = 50 * WINDOW  # a position is 20 ms
 

@@ -190,8 +190,7 @@ def evaluate(folder, test, file, texts_from=None):
     file.write_text(json.dumps({
         "accuracy": accuracy, "mass": {"all": mean(x for mass in masses for x in mass),
                                        "late": mean(late)},
-        "tokens": mean(map(len, completions["own"])), "completions": ids,
-        "texts": [policy.tokenizer.decode(c) for c in completions["own"][:20]]}))
+        "tokens": mean(map(len, completions["own"])), "completions": ids}))
 
 
 def mean(values):
